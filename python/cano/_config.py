@@ -1,0 +1,126 @@
+"""How one task is run: retries, what is worth a retry, the time limit of an attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any, Self, TypeAlias
+
+from . import _core
+from ._core import RetryMode
+from ._errors import (
+    ConfigurationError,
+    InvalidTransitionError,
+    NonRetryable,
+    ResourceError,
+    UnknownStateError,
+    show,
+)
+
+Seconds: TypeAlias = float | int | timedelta
+"""A duration: seconds as a number, or a timedelta; 0 to ten years."""
+
+_NEVER_RETRIED: tuple[type[Exception], ...] = (
+    TypeError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+    NonRetryable,
+    ConfigurationError,
+    InvalidTransitionError,
+    UnknownStateError,
+    ResourceError,
+)
+
+
+class _Prepared:
+    """Holds what the driver reads: derived from the fields, not one of them; None where there is nothing to look after."""
+
+    __slots__ = ("_policy",)
+    _policy: _core.Policy | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig(_Prepared):
+    """How a task is run; without one it runs once, with no time limit.
+
+    Attempt k of n fails -> delay(k) -> attempt k + 1; the last failure raises `RetryExhaustedError`.
+
+    Attributes:
+        retry: How often and after which delay a failed attempt is repeated.
+        retry_on: What is worth another attempt: an exception type, a tuple of them, or a predicate. TypeError,
+            AttributeError, NameError, AssertionError, NotImplementedError and cano's own definition errors are not,
+            unless a type here names them (or a subclass of them), or the predicate says so. A failure that is not worth
+            a retry leaves the run as it is.
+        attempt_timeout: Seconds that one attempt may take, counted from its start; None is no limit. A longer attempt is
+            cancelled at its next suspension and fails with `AttemptTimeoutError`, which is retried like any failure.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> TaskConfig().with_fixed_retry(3, 0.2).with_attempt_timeout(1.5).attempt_timeout
+        1.5
+    """
+
+    retry: RetryMode = field(default_factory=RetryMode.none)
+    retry_on: type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] = Exception
+    attempt_timeout: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retry, RetryMode):
+            raise ConfigurationError(f"retry must be a RetryMode, got {show(self.retry)}")
+        limit = _core.seconds("attempt_timeout", self.attempt_timeout)
+        policy = _core.Policy(self.retry, self.retry_on, _explicit(self.retry_on), _NEVER_RETRIED, limit)
+        acts = limit is not None or self.retry != RetryMode.none()
+        object.__setattr__(self, "attempt_timeout", limit)
+        object.__setattr__(self, "_policy", policy if acts else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(type(self), retry=self.retry, retry_on=self.retry_on, attempt_timeout=self.attempt_timeout)
+        return make, ()
+
+    @classmethod
+    def minimal(cls) -> Self:
+        """One attempt, no time limit: the same as ``TaskConfig()``."""
+        return cls()
+
+    def with_fixed_retry(self, retries: int, delay: Seconds) -> Self:
+        """A copy that repeats a failed attempt up to `retries` times, `delay` seconds after each failure."""
+        return replace(self, retry=RetryMode.fixed(retries, delay))
+
+    def with_exponential_retry(
+        self,
+        retries: int = 3,
+        base: Seconds = 0.1,
+        *,
+        factor: float = 2.0,
+        max_delay: Seconds = 30.0,
+        jitter: float = 0.1,
+    ) -> Self:
+        """A copy that repeats a failed attempt up to `retries` times, after longer and longer delays.
+
+        The delay before attempt k + 1 is ``min(max_delay, base * factor ** (k - 1))``, spread by plus or minus `jitter`
+        (a fraction, 0 to 1) and never above `max_delay`: by default about 0.1, 0.2 and 0.4 s.
+        """
+        mode = RetryMode.exponential(retries, base, factor=factor, max_delay=max_delay, jitter=jitter)
+        return replace(self, retry=mode)
+
+    def with_attempt_timeout(self, seconds: Seconds | None) -> Self:
+        """A copy whose attempts may take `seconds` each; None is no limit."""
+        return replace(self, attempt_timeout=seconds)
+
+
+def _explicit(retry_on: Any) -> tuple[type[Exception], ...] | None:
+    """The types of `retry_on` that overrule the never-retried ones; None for a predicate, which decides alone."""
+    types = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    if all(isinstance(one, type) and issubclass(one, Exception) for one in types):
+        return tuple(one for one in types if issubclass(one, _NEVER_RETRIED))
+    if callable(retry_on) and not isinstance(retry_on, type):
+        return None
+    raise ConfigurationError(
+        f"retry_on must be a subclass of Exception, a tuple of them, or a predicate, got {show(retry_on)}"
+    )

@@ -1,0 +1,401 @@
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Final, TypeVar, final, overload
+
+from typing_extensions import disjoint_base
+
+from ._config import Seconds
+from ._errors import ErrorContext
+from ._join import JoinConfig
+from ._resources import Resources
+
+__all__ = [
+    "BranchOutcome",
+    "Factory",
+    "JoinStrategy",
+    "MemoryStore",
+    "Plan",
+    "Policy",
+    "RetryMode",
+    "Run",
+    "RunContext",
+    "SplitResult",
+    "Table",
+    "TaskSpec",
+    "__version__",
+    "seconds",
+]
+__version__: Final[str]
+
+_T = TypeVar("_T")
+_D = TypeVar("_D")
+
+def seconds(name: str, value: Seconds | None, /) -> float | None: ...
+
+@final
+class RetryMode:
+    """How often a failed attempt is repeated, and after which delay.
+
+    Made by `none`, `fixed` and `exponential`; equal modes compare equal.
+    """
+
+    @staticmethod
+    def none() -> RetryMode:
+        """One attempt, whatever happens."""
+
+    @staticmethod
+    def fixed(retries: int, delay: Seconds) -> RetryMode:
+        """Up to `retries` more attempts, `delay` seconds after each failure.
+
+        Args:
+            retries: 0 to 1,000,000; 0 is `none`.
+            delay: Seconds, 0 to ten years.
+
+        Raises:
+            ConfigurationError: A value is out of range or of the wrong type.
+
+        Example:
+            >>> RetryMode.fixed(3, 0.2)
+            RetryMode.fixed(3, 0.2)
+        """
+
+    @staticmethod
+    def exponential(
+        retries: int = 3,
+        base: Seconds = 0.1,
+        *,
+        factor: float = 2.0,
+        max_delay: Seconds = 30.0,
+        jitter: float = 0.1,
+    ) -> RetryMode:
+        """Up to `retries` more attempts, after longer and longer delays.
+
+        The delay after failure k is ``d = min(max_delay, base * factor ** (k - 1))``, drawn from
+        ``d * (1 - jitter)`` to ``d * (1 + jitter)`` and never above `max_delay`: by default about 0.1, 0.2 and 0.4 s.
+
+        Args:
+            retries: 0 to 1,000,000; 0 is `none`.
+            base: Seconds after the first failure, at most `max_delay`; 0 stays 0, anything else is never drawn below 1 ms
+                (or below itself, if it is shorter).
+            factor: 1 or more, finite.
+            max_delay: Seconds that no delay exceeds, jitter included, nor one asked for with `RetryAfter`.
+            jitter: A fraction, 0 to 1. The dice are Python's `random`.
+
+        Raises:
+            ConfigurationError: A value is out of range or of the wrong type.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class JoinStrategy:
+    """When a split may go on.
+
+    - ``All``: all branches succeeded.
+    - ``Any``: one succeeded; the others are cancelled.
+    - ``Quorum(n)``: n succeeded; the others are cancelled.
+    - ``Percentage(p)``: ``ceil(p * branches)`` succeeded; the others are cancelled.
+    - ``PartialResults(n)``: n ended, well or badly; the others are cancelled.
+    - ``PartialTimeout``: the join's timeout passed, or all ended; the others are cancelled.
+
+    A strategy that every branch's end leaves unreached fails the join with `JoinError`.
+    """
+
+    All: ClassVar[JoinStrategy]
+    Any: ClassVar[JoinStrategy]
+    PartialTimeout: ClassVar[JoinStrategy]
+
+    @staticmethod
+    def Quorum(n: int) -> JoinStrategy:
+        """Go on once `n` branches succeeded, 1 or more.
+
+        Raises:
+            ConfigurationError: `n` is below 1 or no int. More than the split has branches is refused when the workflow is
+                validated.
+        """
+
+    @staticmethod
+    def Percentage(p: float) -> JoinStrategy:
+        """Go on once ``ceil(p * branches)`` branches succeeded.
+
+        Args:
+            p: A fraction above 0, at most 1.
+
+        Raises:
+            ConfigurationError: `p` is out of range or no number.
+        """
+
+    @staticmethod
+    def PartialResults(n: int) -> JoinStrategy:
+        """Go on once `n` branches ended, well or badly, 1 or more.
+
+        Raises:
+            ConfigurationError: `n` is below 1 or no int. More than the split has branches is refused when the workflow is
+                validated.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class BranchOutcome:
+    """One branch that succeeded or failed.
+
+    Attributes:
+        index: Its place in the split, 0 for the first.
+        name: The name of its task, or of the state it started in.
+        value: What it returned; None if it failed.
+        error: What it raised; None if it succeeded.
+        elapsed: Seconds from its start to its end.
+    """
+
+    def __new__(
+        cls,
+        index: int,
+        name: str,
+        value: object = None,
+        error: Exception | None = None,
+        elapsed: float = 0.0,
+    ) -> BranchOutcome: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> Any: ...
+    @property
+    def error(self) -> Exception | None: ...
+    @property
+    def elapsed(self) -> float: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class SplitResult:
+    """Every outcome of a split, handed to the task of the state it joins into.
+
+    Made by hand only in tests, from outcomes in any order and the indices of the cancelled branches.
+
+    Raises:
+        ConfigurationError: The indices are not 0, 1, 2... once each.
+
+    Example:
+        >>> SplitResult([BranchOutcome(0, "fast", 7)], cancelled=[1]).values()
+        [7]
+    """
+
+    def __new__(cls, outcomes: Sequence[BranchOutcome], cancelled: Sequence[int] = ()) -> SplitResult: ...
+    @property
+    def successes(self) -> list[BranchOutcome]:
+        """The branches that returned, in branch order."""
+
+    @property
+    def errors(self) -> list[BranchOutcome]:
+        """The branches that raised, in branch order."""
+
+    @property
+    def cancelled(self) -> list[int]:
+        """Indices of the branches that were cancelled or never started, ascending."""
+
+    @property
+    def completed_count(self) -> int:
+        """How many branches ended, well or badly."""
+
+    @property
+    def total_count(self) -> int:
+        """How many branches the split has."""
+
+    def values(self) -> list[Any]:
+        """What the successful branches returned, in branch order."""
+
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class RunContext:
+    """Where a task is in its run; a parameter annotated with it gets a fresh one in each attempt."""
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The id given to the run, or None."""
+
+    @property
+    def run_id(self) -> str:
+        """A random id of this run, 32 hexadecimal digits."""
+
+    @property
+    def state(self) -> Any:
+        """The state; in a branch, the one that was split."""
+
+    @property
+    def attempt(self) -> int:
+        """1-based number of the attempt."""
+
+    @property
+    def visit(self) -> int:
+        """1-based count of entries to this state in this run."""
+
+    @property
+    def branch(self) -> int | None:
+        """Index of the branch, in registration order; None outside a split."""
+
+    def remaining(self) -> float:
+        """Seconds left of the whole run's timeout, 0 or more; infinity without one."""
+
+    @property
+    def idempotency_key(self) -> str:
+        """A text to give to services that must not act twice, 32 hexadecimal digits.
+
+        The same in every attempt of one visit, and in every run with the same workflow id; another one in each visit, each
+        branch, and each run without a workflow id.
+        """
+
+@disjoint_base
+class MemoryStore:
+    """Values that tasks of one process share, by key.
+
+    Any hashable key, any value. Values are handed out as the objects they are, never copied. Each operation is atomic, also
+    between threads.
+
+    Example:
+        >>> store = MemoryStore()
+        >>> store.put("total", 3)
+        >>> store.get("total", int)
+        3
+    """
+
+    def __new__(cls) -> MemoryStore: ...
+    def put(self, key: Hashable, value: object) -> None:
+        """Store a value, in the place of any other under this key."""
+
+    @overload
+    def get(self, key: Hashable, type_: None = None) -> Any: ...
+    @overload
+    def get(self, key: Hashable, type_: type[_T]) -> _T:
+        """The value under a key.
+
+        Args:
+            key: The key.
+            type_: What the value must be an instance of; None accepts anything.
+
+        Raises:
+            KeyNotFoundError: Nothing is stored under the key.
+            StoreTypeError: The value is not an instance of `type_`.
+        """
+
+    def get_or(self, key: Hashable, default: _D) -> Any | _D:
+        """The value under a key, or `default` if there is none."""
+
+    def remove(self, key: Hashable) -> None:
+        """Forget a key; one that is not there is no error."""
+
+    def append(self, key: Hashable, item: object) -> None:
+        """Add an item to the list under a key; the first one makes the list.
+
+        Raises:
+            StoreTypeError: The value is no list; it stays as it is.
+        """
+
+    def contains_key(self, key: Hashable) -> bool:
+        """Whether something is stored under the key; the same as ``key in store``."""
+
+    def keys(self) -> list[Any]:
+        """The keys, in the order in which they were first stored."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+    def __len__(self) -> int: ...
+    def __contains__(self, key: Hashable, /) -> bool: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+@final
+class Policy:
+    def __new__(
+        cls,
+        retry: RetryMode,
+        retry_on: Any,
+        explicit: tuple[type[Exception], ...] | None,
+        never: tuple[type[Exception], ...],
+        attempt_timeout: float | None,
+    ) -> Policy: ...
+
+@final
+class Plan:
+    def __new__(
+        cls,
+        sources: Sequence[tuple[str, Any, Any]],
+        keywords: tuple[str, ...] | None,
+        declared: tuple[Any, ...] | None,
+        is_coroutine_function: bool,
+    ) -> Plan: ...
+    @property
+    def needs_joined(self) -> bool: ...
+
+@final
+class TaskSpec:
+    def __new__(cls, call: Callable[..., Any], name: str, plan: Plan, policy: Policy | None) -> TaskSpec: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+
+@final
+class Factory:
+    def __new__(cls, task: TaskSpec) -> Factory: ...
+
+@final
+class Table:
+    def __new__(
+        cls,
+        subject: str,
+        entries: Iterable[tuple[Any, str, TaskSpec | tuple[TaskSpec, ...] | Factory | None, JoinConfig[Any] | None]],
+        shims: tuple[
+            Callable[[Any], tuple[TaskSpec, ...]],
+            Callable[[Run], Coroutine[Any, Any, Any]],
+            type[Any],
+            type[Any],
+        ],
+    ) -> Table: ...
+    def check_initial(self, state: Any) -> None: ...
+
+@final
+class Run:
+    def __new__(
+        cls,
+        table: Table,
+        state: Any,
+        resources: Resources,
+        workflow_id: str | None,
+        timeout: float | None,
+        /,
+    ) -> Run: ...
+    def __await__(self) -> Generator[Any, None, Any]: ...
+    def __iter__(self) -> Run: ...
+    def __next__(self) -> Any: ...
+    def send(self, value: Any) -> Any: ...
+    def throw(self, kind: Any, value: Any = None, traceback: Any = None, /) -> Any: ...
+    def close(self) -> None: ...
+    def _fire(self) -> None: ...
+    @property
+    def state(self) -> Any: ...
+    @property
+    def path(self) -> tuple[Any, ...]: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def resources(self) -> Resources: ...
+    @property
+    def deadline(self) -> float | None: ...
+    def timed_out(self) -> BaseException: ...
+    def context(self) -> ErrorContext: ...
+    @property
+    def cr_await(self) -> Any: ...
+    @property
+    def cr_running(self) -> bool: ...
+    @property
+    def cr_frame(self) -> Any: ...
+    @property
+    def cr_code(self) -> Any: ...

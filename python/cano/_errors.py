@@ -1,0 +1,361 @@
+"""Every error that cano raises.
+
+::
+
+    CanoError(Exception)
+    ├── ConfigurationError (ValueError)
+    ├── WorkflowError
+    │   ├── InvalidTransitionError
+    │   ├── UnknownStateError (LookupError)
+    │   ├── WorkflowTimeoutError (TimeoutError)
+    │   ├── WorkflowCancelledError
+    │   └── JoinError (ExceptionGroup)
+    │       └── JoinTimeoutError
+    ├── TaskExecutionError
+    │   ├── RetryAfter
+    │   └── NonRetryable
+    ├── RetryExhaustedError
+    ├── AttemptTimeoutError (TimeoutError)
+    ├── StoreError
+    │   ├── KeyNotFoundError (KeyError)
+    │   └── StoreTypeError (TypeError)
+    └── ResourceError
+        ├── ResourceNotFoundError (KeyError)
+        ├── ResourceTypeError (TypeError)
+        └── DuplicateResourceError
+
+The text says what is wrong, the value, and what would be right; the attributes carry the same as facts. All of them pickle.
+An exception that a task raises is never wrapped: it leaves the run as the same object, with one note and the attribute
+``__cano__``, an `ErrorContext`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from . import _core
+
+if TYPE_CHECKING:
+    from ._config import Seconds
+    from ._core import SplitResult
+
+_PATH_SHOWN = 16
+_TEXT_LIMIT = 80
+
+
+def show(value: object) -> str:
+    """The value as it may stand in a message: its repr, control characters escaped, at most 80 characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: 2 * _TEXT_LIMIT]
+    )
+    text = f"'{text}'" if isinstance(value, str) else text
+    return text if len(text) <= _TEXT_LIMIT else text[: _TEXT_LIMIT - 3] + "..."
+
+
+def label(state: Hashable) -> str:
+    """The name of a state in messages, keys and stored rows: an Enum member's name, else its text."""
+    name = getattr(state, "_name_", None)
+    return name if type(name) is str else str(state)
+
+
+def check_text(what: str, text: str, limit: int) -> None:
+    """Refuse a text that is empty, longer than `limit` bytes, or no valid Unicode (lone surrogates)."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"{what} must be valid Unicode, got {show(text)}") from None
+    if not 0 < size <= limit:
+        raise ConfigurationError(f"{what} must have 1 to {limit} bytes, got {size}: {show(text)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorContext:
+    """Where a run was when an exception left a task.
+
+    Attributes:
+        state: The state whose task failed; None when the run failed outside a state.
+        task: Name of the task; None when no task was running.
+        attempt: 1-based number of the attempt that failed; 0 when no attempt had finished (a whole-run timeout).
+        max_attempts: How many attempts the task's configuration allows.
+        path: The states entered so far, oldest first, the failing state last; at most the newest 256.
+        entered: How many states were entered in all; more than ``len(path)`` in a long run.
+        workflow_id: The id given to the run, or None.
+        branch: Index of the split branch that failed, in registration order; None outside a split.
+        sequence: Which run of this process it was. Runs are numbered as they start.
+    """
+
+    state: Hashable | None
+    task: str | None
+    attempt: int
+    max_attempts: int
+    path: tuple[Hashable, ...]
+    entered: int
+    workflow_id: str | None
+    branch: int | None
+    sequence: int
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        if self.workflow_id is not None:
+            parts.append(f"workflow_id={show(self.workflow_id)}")
+        if self.state is not None:
+            parts.append(f"state={label(self.state)}")
+        if self.task is not None:
+            parts.append(f"task={self.task}")
+        if self.branch is not None:
+            parts.append(f"branch={self.branch}")
+        parts.append(f"attempt={self.attempt}/{self.max_attempts}")
+        newest = [label(state) for state in self.path[-_PATH_SHOWN:]]
+        if self.entered > len(newest):
+            newest.insert(0, f"({self.entered - len(newest)} more)")
+        parts.append("path=" + ">".join(newest))
+        return " ".join(parts)
+
+
+def annotate(error: BaseException, context: ErrorContext) -> None:
+    """Give the exception its note and ``__cano__``, unless a run nested in this one already did.
+
+    An exception object that is raised again in a later run (a module-level singleton) gets the new run's context.
+    """
+    known: ErrorContext | None = getattr(error, "__cano__", None)
+    if known is not None and known.sequence >= context.sequence:
+        return
+    try:
+        if known is not None:
+            error.__notes__ = [note for note in error.__notes__ if note != str(known)]
+        error.add_note(str(context))
+        error.__cano__ = context  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001, S110 - a class that refuses attributes keeps its exception unchanged
+        pass
+
+
+class CanoError(Exception):
+    """Base of every error of this library."""
+
+    category: ClassVar[str] = "cano"
+    __cano__: ErrorContext | None = None
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+    @property
+    def state(self) -> Hashable | None:
+        """The state in which it happened; None outside a run."""
+        return self.__cano__.state if self.__cano__ else None
+
+    @property
+    def task(self) -> str | None:
+        """Name of the task in which it happened; None outside a task."""
+        return self.__cano__.task if self.__cano__ else None
+
+    @property
+    def attempt(self) -> int | None:
+        """1-based number of the attempt; 0 when none had finished; None outside a run."""
+        return self.__cano__.attempt if self.__cano__ else None
+
+    @property
+    def path(self) -> tuple[Hashable, ...] | None:
+        """The states entered, oldest first, at most the newest 256; None outside a run."""
+        return self.__cano__.path if self.__cano__ else None
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The id given to the run, or None."""
+        return self.__cano__.workflow_id if self.__cano__ else None
+
+
+class ConfigurationError(CanoError, ValueError):
+    """A definition or an argument is refused, before any user code runs.
+
+    Attributes:
+        problems: Every problem found, one sentence each, in the order of the definition.
+    """
+
+    category = "configuration"
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems: tuple[str, ...] = tuple(problems) or (message,)
+
+    @classmethod
+    def of(cls, subject: str, problems: Sequence[str]) -> Self:
+        """One error for all the problems of a definition."""
+        if len(problems) == 1:
+            return cls(f"{subject}: {problems[0]}", problems)
+        return cls(f"{subject} has {len(problems)} problems:" + "".join(f"\n  - {p}" for p in problems), problems)
+
+
+class WorkflowError(CanoError):
+    """A run could not go on."""
+
+    category = "workflow"
+
+
+class InvalidTransitionError(WorkflowError):
+    """A task returned something that is no state, or a state that it did not declare."""
+
+
+class UnknownStateError(WorkflowError, LookupError):
+    """A task returned a state that is neither registered nor an exit state."""
+
+
+class WorkflowTimeoutError(WorkflowError, TimeoutError):
+    """A run used up its whole budget.
+
+    Attributes:
+        elapsed: Seconds since the run started.
+        limit: The budget in seconds.
+    """
+
+    category = "timeout"
+
+    def __init__(self, message: str, elapsed: float = 0.0, limit: float = 0.0) -> None:
+        super().__init__(message)
+        self.elapsed = elapsed
+        self.limit = limit
+
+
+class WorkflowCancelledError(WorkflowError):
+    """A run was cancelled through its handle (`Run.cancel`).
+
+    Attributes:
+        reason: What was given to `Run.cancel`, or None.
+    """
+
+    category = "cancelled"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class JoinError(WorkflowError, ExceptionGroup[Exception]):
+    """A split did not reach what its join strategy asks for.
+
+    It is an `ExceptionGroup` of every branch's own exception, in branch order, each with a note that names its branch.
+    Where no branch raised one (each was cancelled), the group holds one exception that says so.
+
+    Attributes:
+        result: The `SplitResult` with every outcome.
+    """
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception], _result: SplitResult | None = None) -> Self:
+        return super().__new__(cls, message, exceptions)
+
+    def __init__(self, message: str, exceptions: Sequence[Exception], result: SplitResult | None = None) -> None:
+        ExceptionGroup.__init__(self, message, exceptions)
+        self.result = result
+
+    def __str__(self) -> str:
+        return ExceptionGroup.__str__(self)
+
+    def derive(self, excs: Sequence[Exception]) -> JoinError:  # type: ignore[override]
+        """A group of the same kind around some of its exceptions (`ExceptionGroup.split` and ``except*`` use it)."""
+        part = type(self)(self.message, excs, self.result)
+        part.__cano__ = self.__cano__
+        return part
+
+
+class JoinTimeoutError(JoinError):
+    """The timeout of a split passed before its join strategy was decided.
+
+    Its first member is a `TimeoutError`, so ``except* TimeoutError`` catches it. It cannot be one itself: CPython does not
+    allow a class that is an `ExceptionGroup` and an `OSError` (which `TimeoutError` is) at once.
+    """
+
+    category = "timeout"
+
+
+class TaskExecutionError(CanoError):
+    """A task failed; tasks may raise it, and cano does when a native extension panics ("panic: ...")."""
+
+    category = "task"
+
+
+class RetryAfter(TaskExecutionError):
+    """Raise it in a task to fail the attempt and set the delay before the next one.
+
+    Args:
+        delay: Seconds to wait, 0 to ten years. An exponential retry's ``max_delay`` still bounds it.
+        message: Text; None gives a standard one.
+
+    Raises:
+        ConfigurationError: `delay` is out of range or no duration.
+    """
+
+    def __init__(self, delay: Seconds, message: str | None = None) -> None:
+        self.delay: float = _core.seconds("delay", delay) or 0.0
+        super().__init__(message if message is not None else f"retry after {self.delay} s")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.delay, str(self)), self.__dict__
+
+
+class NonRetryable(TaskExecutionError):
+    """Raise it in a task to fail at once, whatever retries are left."""
+
+
+class RetryExhaustedError(CanoError):
+    """The last attempt that the retry policy allows failed; ``__cause__`` is that failure.
+
+    Attributes:
+        attempts: How many attempts were made.
+    """
+
+    category = "retry"
+
+    def __init__(self, message: str, attempts: int = 0) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+
+
+class AttemptTimeoutError(CanoError, TimeoutError):
+    """One attempt of a task took longer than its ``attempt_timeout``.
+
+    Attributes:
+        limit: The limit in seconds.
+    """
+
+    category = "timeout"
+
+    def __init__(self, message: str, limit: float = 0.0) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class StoreError(CanoError):
+    """A value store refused an operation."""
+
+    category = "store"
+
+
+class KeyNotFoundError(StoreError, KeyError):
+    """The store has no such key."""
+
+
+class StoreTypeError(StoreError, TypeError):
+    """The stored value is not of the type asked for."""
+
+
+class ResourceError(CanoError):
+    """A resource could not be found, set up or torn down."""
+
+    category = "resource"
+
+
+class ResourceNotFoundError(ResourceError, KeyError):
+    """No resource has this key."""
+
+
+class ResourceTypeError(ResourceError, TypeError):
+    """The resource is not of the type asked for."""
+
+
+class DuplicateResourceError(ResourceError):
+    """The key already has a resource."""

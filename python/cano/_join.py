@@ -1,0 +1,72 @@
+"""How the branches of a split are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Generic, Self, TypeVar
+
+from . import _core
+from ._config import Seconds
+from ._core import JoinStrategy
+from ._errors import ConfigurationError, show
+
+S = TypeVar("S", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinConfig(Generic[S]):
+    """When a split may go on, and where to.
+
+    Attributes:
+        strategy: A `JoinStrategy`: ``All``, ``Any``, ``Quorum(n)``, ``Percentage(p)``, ``PartialResults(n)`` or
+            ``PartialTimeout``.
+        next_state: The state that is entered once the strategy is reached.
+        timeout: Seconds the join may stay undecided; None is no limit. When it passes, ``PartialTimeout`` goes on with the
+            branches that have ended; every other strategy raises `JoinTimeoutError`.
+        bulkhead: How many branches may be alive at once, 1 or more; None is no limit. The others wait in branch order, and
+            are never started once the join is decided.
+        fail_fast: Whether a join that can no longer succeed cancels the branches in flight at once. By default it lets
+            them end, so that every outcome is reported.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> JoinConfig(JoinStrategy.Quorum(3), "confirm").with_timeout(5).timeout
+        5.0
+    """
+
+    strategy: JoinStrategy
+    next_state: S
+    timeout: Seconds | None = None
+    bulkhead: int | None = None
+    fail_fast: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strategy, JoinStrategy):
+            raise ConfigurationError(
+                f"strategy must be a JoinStrategy, such as JoinStrategy.All or JoinStrategy.Quorum(2), "
+                f"got {show(self.strategy)}"
+            )
+        if type(self.fail_fast) is not bool:
+            raise ConfigurationError(f"fail_fast must be True or False, got {show(self.fail_fast)}")
+        if self.bulkhead is not None and (type(self.bulkhead) is not int or self.bulkhead < 1):
+            raise ConfigurationError(f"bulkhead must be an int of at least 1, got {show(self.bulkhead)}")
+        try:
+            hash(self.next_state)
+        except TypeError:
+            raise ConfigurationError(f"next_state must be hashable, got {show(self.next_state)}") from None
+        object.__setattr__(self, "timeout", _core.seconds("timeout", self.timeout))
+
+    def with_timeout(self, seconds: Seconds | None) -> Self:
+        """A copy with another timeout; None is no limit."""
+        return replace(self, timeout=seconds)
+
+    def with_bulkhead(self, limit: int | None) -> Self:
+        """A copy with another bulkhead; None is no limit."""
+        return replace(self, bulkhead=limit)
+
+    def with_next_state(self, state: S) -> Self:
+        """A copy that joins into another state."""
+        return replace(self, next_state=state)

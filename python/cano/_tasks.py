@@ -1,0 +1,419 @@
+"""Tasks: how a function, a callable or an object with `run` becomes a prepared call.
+
+Signatures are read once, when a task is registered, and remembered per function; at run time the driver only fills in a
+fixed list of arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextvars
+import functools
+import inspect
+import os
+import threading
+import types
+import typing
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, get_args, get_origin
+from weakref import WeakKeyDictionary
+
+from . import _core
+from ._config import TaskConfig
+from ._core import RunContext, SplitResult
+from ._errors import ConfigurationError, check_text, show
+from ._resources import Resources, is_a, resource_of
+
+S = TypeVar("S", bound=Hashable)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NAME_LIMIT = 128
+
+
+class Task(Generic[S]):
+    """Optional base of tasks that are written as classes.
+
+    A task is anything with a method ``run`` (or ``run_bare``, which takes nothing), async or plain; this base only tells
+    the type checker about the two attributes.
+
+    Attributes:
+        name: What errors call the task, at most 128 bytes; by default the qualified name of the class.
+        config: How it is run; None is ``TaskConfig()``. Read once, when the task is registered.
+    """
+
+    name: str
+    config: TaskConfig | None = None
+
+
+def states_of(given: Iterable[S]) -> Iterable[S]:
+    """The states, unless it is no iterable, or a text: that is one state, not several."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ConfigurationError(f"states must be an iterable of states, got {show(given)}")
+    return given
+
+
+class _Single(Generic[S]):
+    """One next state."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: S) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"TaskResult.Single({self.state!r})"
+
+
+class _Split(Generic[S]):
+    """Several states, each of which starts a branch."""
+
+    __slots__ = ("states",)
+
+    def __init__(self, states: Iterable[S]) -> None:
+        self.states = tuple(states_of(states))
+
+    def __repr__(self) -> str:
+        return f"TaskResult.Split({list(self.states)!r})"
+
+
+class TaskResult(Generic[S]):
+    """What a task may return instead of a bare state.
+
+    ``TaskResult.Single(state)`` is the same as ``state``. ``TaskResult.Split([s1, s2])`` starts one branch in each listed
+    state (one per entry, in that order); it needs a ``join=`` where the task is registered.
+    """
+
+    Single = _Single
+    Split = _Split
+
+    def __new__(cls) -> TaskResult[S]:
+        raise ConfigurationError(
+            "TaskResult is not made itself; use TaskResult.Single(state) or TaskResult.Split(states)"
+        )
+
+
+# --- reading a signature ---------------------------------------------------------------------------------------------
+
+_Source = tuple[str, Any, Any]
+_Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
+# Remembered per function, without keeping it alive; bound to an object it has a parameter less.
+_function_plans: _Plans = WeakKeyDictionary()
+_method_plans: _Plans = WeakKeyDictionary()
+
+
+def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core.Plan:
+    """How `call` wants to be called."""
+    if makes_branches:
+        return _read(call, name)
+    plans: MutableMapping[Callable[..., Any], _core.Plan]
+    plans, function = (_method_plans, call.__func__) if isinstance(call, types.MethodType) else (_function_plans, call)
+    try:
+        known = plans.get(function)
+    except TypeError:  # not hashable, or no weak references
+        known = None
+        plans = {}
+    if known is None:
+        _refuse_generator(call, name)
+        known = plans[function] = _read(call, name)
+    return known
+
+
+def _refuse_generator(call: Callable[..., Any], name: str) -> None:
+    inner = _innermost(call)
+    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+        raise ConfigurationError(f"task {name} is a generator function; a task returns its next state once")
+
+
+def _read(call: Callable[..., Any], name: str) -> _core.Plan:
+    inner = _innermost(call)
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"the signature of task {name} cannot be read; wrap it in a function") from None
+    sources: list[_Source] = []
+    keywords: list[str] = []
+    by_keyword = False
+    for parameter in signature.parameters.values():
+        source = _source(parameter, inner, name, alone=_takes_one(signature))
+        if source is None:  # it has a default and asks for nothing of ours
+            by_keyword = True
+            continue
+        sources.append(source)
+        if by_keyword or parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                raise ConfigurationError(
+                    f"parameter {parameter.name} of task {name} must not follow one with a default"
+                )
+            keywords.append(parameter.name)
+    declared = _declared(_resolve(signature.return_annotation, inner, missing=None))
+    return _core.Plan(sources, tuple(keywords) or None, declared, inspect.iscoroutinefunction(call))
+
+
+def _innermost(call: Callable[..., Any]) -> Any:
+    """The function whose annotations count: behind partials, wrappers and ``__call__``."""
+    inner: Any = call
+    while True:
+        if isinstance(inner, functools.partial):
+            inner = inner.func
+        elif hasattr(inner, "__wrapped__"):
+            inner = inner.__wrapped__
+        elif inspect.ismethod(inner):
+            inner = inner.__func__
+        elif inspect.isfunction(inner) or inspect.isbuiltin(inner):
+            return inner
+        else:
+            method = inspect.getattr_static(type(inner), "__call__", None)
+            if not inspect.isfunction(method):
+                return inner
+            inner = method
+
+
+def _takes_one(signature: inspect.Signature) -> bool:
+    return sum(1 for p in signature.parameters.values() if p.default is p.empty) == 1
+
+
+def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool) -> _Source | None:
+    """Where the argument for this parameter comes from; None if its default is to be used."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise ConfigurationError(
+            f"parameter {parameter} of task {name} cannot be filled in; decorators need functools.wraps"
+        )
+    annotation = parameter.annotation
+    has_default = parameter.default is not parameter.empty
+    if annotation is parameter.empty:
+        if has_default:
+            return None
+        if alone:
+            return ("resources", None, None)
+        raise ConfigurationError(
+            f"parameter {parameter.name} of task {name} has no annotation; only a task's single parameter may go without"
+        )
+    resolved = _resolve(annotation, inner, missing=_UNRESOLVED)
+    source = _known(resolved)
+    if source is not None or has_default:
+        return source
+    if resolved is _UNRESOLVED:
+        raise ConfigurationError(
+            f"the annotation {show(str(annotation))} of parameter {parameter.name} of task {name} cannot be resolved; "
+            f"its names must exist at run time (not only under TYPE_CHECKING)"
+        )
+    raise ConfigurationError(
+        f"parameter {parameter.name} of task {name} is annotated {show(str(annotation))}; a task takes Resources, "
+        f"Annotated[T, Res(key)], RunContext or, in the state that a split joins into, SplitResult"
+    )
+
+
+_UNRESOLVED: Any = object()
+
+
+def _known(annotation: Any) -> _Source | None:
+    """The source that an annotation stands for."""
+    if get_origin(annotation) is Annotated:
+        marked = resource_of(annotation)
+        if marked is None:
+            return _known(get_args(annotation)[0])
+        type_, key = marked
+        is_a(None, type_)  # refuses now what cannot be checked at run time
+        return ("resource", key, type_)
+    if isinstance(annotation, type) and issubclass(annotation, Resources):
+        return ("resources", None, None)
+    for wanted, kind in ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none")):
+        if annotation == wanted:
+            return (kind, None, None)
+    return None
+
+
+def _resolve(annotation: Any, inner: Any, *, missing: Any) -> Any:
+    """The annotation as an object; `missing` for a text whose names do not exist where the function was written."""
+    if annotation is inspect.Signature.empty:
+        return missing
+    if not isinstance(annotation, str):
+        return annotation
+    names: Mapping[str, Any] = {}
+    if closure := getattr(inner, "__closure__", None):
+        cells = zip(inner.__code__.co_freevars, closure, strict=True)
+        names = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+    try:
+        return eval(annotation, getattr(inner, "__globals__", {}), dict(names))  # noqa: S307 - the user's own annotation
+    except Exception:  # noqa: BLE001 - whatever a name or an attribute raises
+        return missing
+
+
+def _declared(annotation: Any) -> tuple[Any, ...] | None:
+    """The states that a return annotation lists; None if it does not list any (then every state is allowed)."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return arguments
+    if origin is Annotated or (isinstance(origin, type) and issubclass(origin, (TaskResult, _Single))):
+        return _declared(arguments[0])
+    if isinstance(origin, type) and issubclass(origin, (Awaitable, Coroutine)):
+        return _declared(arguments[-1])
+    if origin in (typing.Union, types.UnionType):
+        parts = [_declared(part) for part in arguments]
+        return None if None in parts else tuple(state for part in parts for state in part or ())
+    return None
+
+
+# --- preparing a task ------------------------------------------------------------------------------------------------
+
+
+def prepare(task: Any, config: TaskConfig | None = None) -> _core.TaskSpec:
+    """Turn what the user registers into what the driver runs.
+
+    Raises:
+        ConfigurationError: It is no task, or its signature asks for something that cannot be filled in.
+    """
+    call = _callable(task)
+    if config is None:
+        config = getattr(task, "config", None)
+    if config is not None and not isinstance(config, TaskConfig):
+        raise ConfigurationError(f"config of task {name_of(task)} must be a TaskConfig, got {show(config)}")
+    name = name_of(task)
+    plan = _plan(call, name, makes_branches=False)
+    return _core.TaskSpec(call, name, plan, None if config is None else config._policy)
+
+
+def prepare_factory(tasks: Callable[..., object]) -> _core.Factory:
+    """A function that makes the branches of a split; a generator function does."""
+    call = _callable(tasks)
+    name = name_of(tasks)
+    if inspect.isasyncgenfunction(_innermost(call)):
+        raise ConfigurationError(f"{name} is an async generator function; the branches of a split are made all at once")
+    return _core.Factory(_core.TaskSpec(call, name, _plan(call, name, makes_branches=True), None))
+
+
+def prepare_branches(tasks: Any) -> tuple[_core.TaskSpec, ...]:
+    """The branches of a split, in order."""
+    if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Iterable):
+        raise ConfigurationError(f"the branches of a split must be an iterable of tasks, got {show(tasks)}")
+    return tuple(prepare(task) for task in tasks)
+
+
+def _callable(task: Any) -> Callable[..., Any]:
+    if isinstance(task, types.FunctionType):
+        return task
+    if isinstance(task, type):
+        raise ConfigurationError(f"{task.__qualname__} is a class; register an instance: {task.__qualname__}()")
+    if inspect.iscoroutine(task):
+        task.close()
+        raise ConfigurationError(f"{task.__qualname__}() is a coroutine; register the function, without calling it")
+    for method in ("run", "run_bare"):
+        found = getattr(task, method, None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    if callable(task):
+        return task  # type: ignore[no-any-return]
+    raise ConfigurationError(
+        f"a task must be a function, a callable or an object with a method run or run_bare, "
+        f"got {show(task)} ({type(task).__qualname__})"
+    )
+
+
+def name_of(task: Any) -> str:
+    """What errors call the task."""
+    if isinstance(task, types.FunctionType):
+        return task.__qualname__[-_NAME_LIMIT:]
+    name = getattr(task, "name", None)
+    if isinstance(name, str):
+        check_text("the name of a task", name, _NAME_LIMIT)
+        return name
+    if isinstance(task, functools.partial):
+        return name_of(task.func)
+    found = getattr(task, "__qualname__", None) or type(task).__qualname__
+    return str(found)[-_NAME_LIMIT:]
+
+
+# --- work that would block the loop ----------------------------------------------------------------------------------
+
+
+class _Threads:
+    """Our own bounded pool: asyncio's default one is shared with everything else in the process."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def pool(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4), thread_name_prefix="cano-thread")
+            atexit.register(self._pool.shutdown, wait=False, cancel_futures=True)
+        return self._pool
+
+    def forget(self) -> None:
+        """A forked child has none of the threads."""
+        self._pool = None
+
+
+_threads = _Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.forget)
+
+
+def in_thread(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Make a task of a plain function that would block the event loop: it runs in a thread.
+
+    The pool is cano's own, ``min(32, cpus + 4)`` threads shared by all workflows of the process; further calls wait for a
+    free one. Context variables are copied, so the function sees them and its changes stay its own.
+
+    Args:
+        function: A plain function; its parameters are filled in like those of any task.
+
+    Returns:
+        An async function with the same parameters.
+
+    Raises:
+        ConfigurationError: `function` is a coroutine function, or not callable.
+
+    Cancellation: a call that has not started is dropped. One that runs cannot be interrupted: the cancellation waits until
+    it has ended, so that nothing of a run is alive after it.
+
+    Example:
+        >>> import asyncio
+        >>> asyncio.run(in_thread(lambda: sum(range(10)))())
+        45
+    """
+    given: Any = function
+    if not callable(given) or isinstance(given, type) or inspect.iscoroutinefunction(_innermost(given)):
+        raise ConfigurationError(f"in_thread() takes a plain function, got {show(given)}")
+
+    @functools.wraps(function)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        context = contextvars.copy_context()
+        return await _in_pool(lambda: context.run(function, *args, **kwargs))
+
+    call.__qualname__ = name_of(function)  # a partial or a callable object has none to copy
+    return call
+
+
+async def _in_pool(work: Callable[[], R]) -> R:
+    """Run `work` in a thread; a cancellation drops it if it has not started, else waits until it is over."""
+    turn = threading.Lock()
+
+    def take_turn() -> R:
+        # Whoever takes the lock first, the thread or the cancellation, decides whether the work is done; it keeps it.
+        if not turn.acquire(blocking=False):
+            raise asyncio.CancelledError
+        try:
+            return work()
+        except StopIteration as error:  # no future can hold one; a coroutine (PEP 479) does the same
+            raise RuntimeError("the function raised StopIteration") from error
+
+    future = asyncio.get_running_loop().run_in_executor(_threads.pool(), take_turn)
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        while not future.done():
+            try:
+                await asyncio.wait((future,))
+            except asyncio.CancelledError as error:
+                if cancelled is None and turn.acquire(blocking=False):
+                    future.cancel()
+                    raise
+                cancelled = cancelled or error
+        if cancelled is not None:
+            future.exception()  # retrieved: the cancellation takes its place
+            raise cancelled
+        return future.result()
+    finally:
+        del future, cancelled  # an exception's traceback holds this frame, which must not hold the exception

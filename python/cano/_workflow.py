@@ -1,0 +1,491 @@
+"""`Workflow`, the definition, and `Run`, the handle of one run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from enum import Enum
+from typing import Any, Generic, Self, TypeVar
+
+from . import _core
+from ._config import Seconds, TaskConfig
+from ._errors import ConfigurationError, WorkflowCancelledError, WorkflowError, annotate, check_text, label, show
+from ._join import JoinConfig
+from ._resources import Resources
+from ._tasks import TaskResult, prepare, prepare_branches, prepare_factory, states_of
+
+S = TypeVar("S", bound=Hashable)
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LABEL_LIMIT = 128
+_ID_LIMIT = 256
+
+_Work = _core.TaskSpec | tuple[_core.TaskSpec, ...] | _core.Factory
+
+
+async def _drive(run: _core.Run) -> Any:
+    """The frame of every run and of every branch that is one: to asyncio it is an ordinary coroutine."""
+    return await run
+
+
+_SHIMS = (prepare_branches, _drive, TaskResult.Single, TaskResult.Split)
+
+
+class Workflow(Generic[S]):
+    """A finite state machine: states, one task (or one split) per state, and the states that end it.
+
+    The task of a state returns the next state, until an exit state is reached. The first `validate`, `orchestrate` or
+    `start` freezes the definition; after that it may run any number of times, also at once.
+
+    Args:
+        resources: What tasks share, by key; a mapping is taken as ``Resources(mapping)``; None is empty.
+        name: What messages call the workflow; None is "workflow".
+
+    Raises:
+        ConfigurationError: `resources` or `name` is of the wrong type.
+
+    Example:
+        >>> import asyncio
+        >>> workflow = Workflow().register("start", lambda: "done").add_exit_state("done")
+        >>> asyncio.run(workflow.orchestrate("start"))
+        'done'
+    """
+
+    __slots__ = ("__weakref__", "_exits", "_name", "_resources", "_states", "_table", "_timeout", "_workflow_id")
+
+    def __init__(self, resources: Resources | Mapping[Any, Any] | None = None, *, name: str | None = None) -> None:
+        if name is not None:
+            _check_name(name)
+        self._name = name or "workflow"
+        self._resources = _as_resources(resources)
+        self._states: dict[S, tuple[_Work, JoinConfig[S] | None]] = {}
+        self._exits: dict[S, None] = {}
+        self._timeout: float | None = None
+        self._workflow_id: str | None = None
+        self._table: _core.Table | None = None
+
+    @classmethod
+    def bare(cls, *, name: str | None = None) -> Self:
+        """A workflow without resources, for tasks that take none."""
+        return cls(name=name)
+
+    # --- registration ------------------------------------------------------------------------------------------------
+
+    def register(
+        self, state: S, task: object, *, config: TaskConfig | None = None, join: JoinConfig[S] | None = None
+    ) -> Self:
+        """Give a state its task.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: A function, async or plain, a callable, or an object with a method ``run`` or ``run_bare``. Its parameters
+                are filled in by annotation: Resources, Annotated[T, Res(key)], RunContext, SplitResult; a single parameter
+                without annotation gets the resources.
+            config: How the task is run; None takes the task's own attribute ``config``, or else ``TaskConfig()``.
+            join: Lets the task return ``TaskResult.Split([s1, s2])``: each listed state starts a branch that runs through
+                registered states until it reaches an exit state or ``join.next_state``. None refuses such a result.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, the task cannot be called, or the workflow is frozen.
+        """
+        if join is not None and not isinstance(join, JoinConfig):
+            raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
+        return self._add(state, prepare(task, config), join)
+
+    def register_split(self, state: S, tasks: Iterable[object] | Callable[..., object], join: JoinConfig[S]) -> Self:
+        """Give a state several tasks, which run at once and are joined.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            tasks: The branches, in order: an iterable of tasks (read now), or a function, async or plain, that returns one
+                each time the state is entered; its parameters are filled in like a task's.
+            join: When the workflow may go on, and where to.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, something is no task, or the workflow is frozen. Whether the
+                join can be reached by so many branches is checked when the workflow is validated, for a run-time list when
+                the state is entered.
+        """
+        if not isinstance(join, JoinConfig):
+            raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
+        if isinstance(tasks, Iterable) or not callable(tasks):
+            return self._add(state, prepare_branches(tasks), join)
+        return self._add(state, prepare_factory(tasks), join)
+
+    def task(
+        self, state: S, *, config: TaskConfig | None = None, join: JoinConfig[S] | None = None
+    ) -> Callable[[F], F]:
+        """`register` as a decorator; the function stays what it is.
+
+        Example:
+            >>> workflow = Workflow[str]()
+            >>> @workflow.task("start")
+            ... async def start() -> str:
+            ...     return "done"
+        """
+
+        def decorate(function: F) -> F:
+            self.register(state, function, config=config, join=join)
+            return function
+
+        return decorate
+
+    def add_exit_state(self, state: S) -> Self:
+        """Let a run end in this state; a task registered for it never runs. Adding it again changes nothing."""
+        self._check_open()
+        _check_state(state)
+        self._exits[state] = None
+        return self
+
+    def add_exit_states(self, states: Iterable[S]) -> Self:
+        """`add_exit_state` for each of the states."""
+        for state in states_of(states):
+            self.add_exit_state(state)
+        return self
+
+    def _add(self, state: S, work: _Work, join: JoinConfig[S] | None) -> Self:
+        if self._table is not None:
+            self._check_open()
+        _check_state(state)
+        if state in self._states:
+            raise ConfigurationError(
+                f"state {label(state)} of workflow {self._name} already has {_described(self._states[state][0])}, "
+                f"it cannot have {_described(work)} as well"
+            )
+        self._states[state] = (work, join)
+        return self
+
+    def _check_open(self) -> None:
+        if self._table is not None:
+            raise ConfigurationError(
+                f"workflow {self._name} is frozen since it was first validated or run; change a copy() of it"
+            )
+
+    # --- options -----------------------------------------------------------------------------------------------------
+
+    def with_timeout(self, seconds: Seconds | None) -> Self:
+        """Bound every run to this many seconds from its start; None is no limit.
+
+        A run that takes longer is cancelled and raises `WorkflowTimeoutError`. Setting resources up counts, tearing them
+        down does not.
+        """
+        self._check_open()
+        self._timeout = _core.seconds("timeout", seconds)
+        return self
+
+    def with_workflow_id(self, workflow_id: str | None) -> Self:
+        """Name the runs of this workflow in errors and in `RunContext.idempotency_key`; None gives no name.
+
+        Raises:
+            ConfigurationError: It is empty or blank, longer than 256 bytes, or has control characters.
+        """
+        self._check_open()
+        self._workflow_id = _checked_id(workflow_id)
+        return self
+
+    def copy(self) -> Workflow[S]:
+        """A workflow with the same definition that is not frozen; tasks and resources are shared."""
+        copy: Workflow[S] = type(self)(self._resources, name=self._name)
+        copy._states = dict(self._states)
+        copy._exits = dict(self._exits)
+        copy._timeout = self._timeout
+        copy._workflow_id = self._workflow_id
+        return copy
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def registered_states(self) -> frozenset[S]:
+        """The states that have a task or a split."""
+        return frozenset(self._states)
+
+    @property
+    def exit_states(self) -> frozenset[S]:
+        """The states that end a run."""
+        return frozenset(self._exits)
+
+    @property
+    def name(self) -> str:
+        """What messages call the workflow."""
+        return self._name
+
+    def __repr__(self) -> str:
+        parts = [f"Workflow {self._name}", f"states={len(self._states)}", f"exits={len(self._exits)}"]
+        if self._timeout is not None:
+            parts.append(f"timeout={self._timeout}")
+        if self._table is not None:
+            parts.append("frozen")
+        return f"<{' '.join(parts)}>"
+
+    def validate(self) -> None:
+        """Check the whole definition and freeze it.
+
+        Found, all at once: no states; no exit states; states with the same label; targets and joins that are neither
+        registered nor exit states; joins that cannot be reached by their branches; a SplitResult asked for where no split
+        joins; and, from the annotations (``Literal[S.A, S.B]``), states that cannot be reached from the one registered
+        first and states without a way to an exit. A task without such an annotation may return any state.
+
+        Raises:
+            ConfigurationError: The definition has problems; its ``problems`` lists every one.
+        """
+        self._frozen()
+
+    def validate_initial_state(self, state: S) -> None:
+        """Check that a run can start in this state: it is registered or an exit state.
+
+        Raises:
+            ConfigurationError: It is neither, or the definition has problems.
+        """
+        self._frozen().check_initial(state)
+
+    def _frozen(self) -> _core.Table:
+        if self._table is None:
+            exits = self._exits
+            entries: list[tuple[Any, str, _Work | None, JoinConfig[S] | None]] = [
+                (state, _label(state), None, None) if state in exits else (state, _label(state), work, join)
+                for state, (work, join) in self._states.items()
+            ]
+            entries += [(state, _label(state), None, None) for state in exits if state not in self._states]
+            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS)
+        return self._table
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    async def orchestrate(
+        self,
+        initial_state: S,
+        *,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        workflow_id: str | None = None,
+        timeout: Seconds | None = None,
+    ) -> S:
+        """Run from a state until an exit state is reached, and return that state.
+
+        Args:
+            initial_state: A registered state, or an exit state (which is returned at once).
+            resources: Used instead of the workflow's for this run; None takes the workflow's.
+            workflow_id: Used instead of the workflow's for this run; None takes the workflow's.
+            timeout: Seconds this run may take, instead of the workflow's; None takes the workflow's.
+
+        Raises:
+            ConfigurationError: The definition has problems, or an argument is refused; no user code has run.
+            WorkflowTimeoutError: The run took longer than its timeout.
+            JoinError: A split did not reach its strategy.
+            RetryExhaustedError: A task failed in its last attempt.
+            InvalidTransitionError: A task returned something that is no state, or one it did not declare.
+            UnknownStateError: A task returned a state that is neither registered nor an exit state.
+            Exception: Whatever a task raised, the same object, with a note and the attribute ``__cano__``.
+
+        Cancellation: the task in flight and every branch are cancelled and awaited, resources are torn down, then
+        `asyncio.CancelledError` goes on.
+        """
+        run = self._run(initial_state, resources, workflow_id, timeout)
+        used = run.resources
+        if used._lifecycle:
+            return await _with_resources(run, used)  # type: ignore[no-any-return]
+        return await run  # type: ignore[no-any-return]
+
+    def start(
+        self,
+        initial_state: S,
+        *,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        workflow_id: str | None = None,
+        timeout: Seconds | None = None,
+    ) -> Run[S]:
+        """Start a run in a task of its own, and return its handle; the arguments are those of `orchestrate`.
+
+        Raises:
+            ConfigurationError: As `orchestrate`, but at once.
+            WorkflowError: No event loop is running.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WorkflowError(
+                "start() needs a running event loop; use asyncio.run(workflow.orchestrate(...)) outside one"
+            ) from None
+        run = self._run(initial_state, resources, workflow_id, timeout)
+        used = run.resources
+        body = _with_resources(run, used) if used._lifecycle else _drive(run)
+        task: asyncio.Task[S] = loop.create_task(body, name=self._name)
+        _running.add(task)
+        task.add_done_callback(_running.discard)
+        return Run(run, task)
+
+    def _run(
+        self,
+        initial_state: S,
+        resources: Resources | Mapping[Any, Any] | None,
+        workflow_id: str | None,
+        timeout: Seconds | None,
+    ) -> _core.Run:
+        return _core.Run(
+            self._table or self._frozen(),
+            initial_state,
+            self._resources if resources is None else _as_resources(resources),
+            self._workflow_id if workflow_id is None else _checked_id(workflow_id),
+            self._timeout if timeout is None else _core.seconds("timeout", timeout),
+        )
+
+
+# asyncio itself keeps only weak references to tasks.
+_running: set[asyncio.Task[Any]] = set()
+
+
+class Run(Generic[S]):
+    """The handle of a run that was started with `Workflow.start`.
+
+    Awaiting it returns the exit state, or raises what `Workflow.orchestrate` raises; it may be awaited any number of
+    times. As with a task, cancelling whoever awaits it cancels the run; ``asyncio.shield(run)`` prevents that.
+    """
+
+    __slots__ = ("__weakref__", "_cancelled", "_reason", "_run", "_task")
+
+    def __init__(self, run: _core.Run, task: asyncio.Task[S]) -> None:
+        self._run = run
+        self._task = task
+        self._cancelled = False
+        self._reason: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The workflow id that was given, else a random id."""
+        return self._run.id
+
+    @property
+    def state(self) -> S:
+        """The state the run is in; after the end, the last one it was in."""
+        return self._run.state  # type: ignore[no-any-return]
+
+    @property
+    def path(self) -> list[S]:
+        """The states entered so far, oldest first; at most the newest 256."""
+        return list(self._run.path)
+
+    def done(self) -> bool:
+        """Whether the run is over, all of its clean-up included."""
+        return self._task.done()
+
+    def cancel(self, reason: str | None = None) -> bool:
+        """Ask the run to end; whoever awaits it gets `WorkflowCancelledError` once everything of it has ended.
+
+        Args:
+            reason: Kept in the error's ``reason``; None for none. The first reason given counts.
+
+        Returns:
+            False if the run was over already.
+
+        Raises:
+            ConfigurationError: `reason` is not a text.
+        """
+        if reason is not None and not isinstance(reason, str):
+            raise ConfigurationError(f"reason must be a text or None, got {show(reason)}")
+        if not self._task.cancel(reason):
+            return False
+        if not self._cancelled:
+            self._cancelled, self._reason = True, reason
+        return True
+
+    def __await__(self) -> Generator[Any, None, S]:
+        host = asyncio.current_task()
+        # A cancel of the awaiter that is still to be delivered is not one that it has lived through.
+        before = 0 if host is None else host.cancelling() - getattr(host, "_must_cancel", False)
+        try:
+            return (yield from self._task.__await__())
+        except asyncio.CancelledError as cancelled:
+            awaiter_is_cancelled = host is not None and host.cancelling() > before
+            if not self._cancelled or awaiter_is_cancelled or not self._task.cancelled():
+                raise
+            raise self._cancelled_error() from cancelled
+
+    def _cancelled_error(self) -> WorkflowCancelledError:
+        text = "the run was cancelled" + (f": {show(self._reason)}" if self._reason else "")
+        error = WorkflowCancelledError(text, self._reason)
+        annotate(error, self._run.context())
+        return error
+
+    def __repr__(self) -> str:
+        return f"<Run state={label(self.state)}{' done' if self.done() else ''}>"
+
+
+async def _with_resources(run: _core.Run, resources: Resources) -> Any:
+    """A run around which its resources are set up and torn down."""
+    await _set_up(run, resources)
+    try:
+        return await run
+    finally:
+        await resources._release()
+
+
+async def _set_up(run: _core.Run, resources: Resources) -> None:
+    """Set the resources up within the budget of the run."""
+    deadline = run.deadline
+    if deadline is None:
+        await resources._acquire()
+        return
+    # A scope whose deadline has passed already would swallow a pending cancel (gh-134471).
+    if asyncio.get_running_loop().time() >= deadline:
+        raise run.timed_out()
+    scope = asyncio.timeout_at(deadline)
+    try:
+        async with scope:
+            await resources._acquire(scope)
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise run.timed_out() from error
+
+
+def _as_resources(given: Any) -> Resources:
+    if given is None:
+        return Resources()
+    if isinstance(given, Resources):
+        return given
+    if isinstance(given, Mapping):
+        return Resources(given)
+    raise ConfigurationError(f"resources must be Resources or a mapping, got {show(given)}")
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ConfigurationError(f"name must be a text, got {show(name)}")
+    check_text("name", name, _LABEL_LIMIT)
+
+
+def _check_state(state: Any) -> None:
+    if isinstance(state, type) and issubclass(state, Enum):
+        raise ConfigurationError(f"{state.__qualname__} is the Enum class; a state is one of its members")
+    try:
+        hash(state)
+    except TypeError:
+        raise ConfigurationError(f"a state must be hashable, got {show(state)} ({type(state).__qualname__})") from None
+
+
+def _label(state: Any) -> str:
+    text = label(state)
+    check_text("the name of a state", text, _LABEL_LIMIT)
+    return text
+
+
+def _described(work: _Work) -> str:
+    if isinstance(work, _core.TaskSpec):
+        return f"task {work.name}"
+    return "a split made at run time" if isinstance(work, _core.Factory) else f"a split of {len(work)} branches"
+
+
+def _checked_id(workflow_id: Any) -> str | None:
+    if workflow_id is None:
+        return None
+    if not isinstance(workflow_id, str):
+        raise ConfigurationError(f"workflow_id must be a text, got {show(workflow_id)}")
+    if not workflow_id.strip() or not workflow_id.isprintable():
+        raise ConfigurationError(f"workflow_id must be printable and not blank, got {show(workflow_id)}")
+    check_text("workflow_id", workflow_id, _ID_LIMIT)
+    return workflow_id

@@ -1,0 +1,17 @@
+//! The rules of the engine as plain data: outcomes in, verdicts out.
+//!
+//! Nothing here knows Python, reads a clock, rolls dice or waits. Time, dice and outcomes are
+//! arguments, so every rule is a function that a test can walk through exhaustively, and the driver
+//! in `py` only carries out what it is told. A module uses only the modules listed above it.
+
+pub mod error;
+pub mod time;
+
+pub mod retry;
+
+pub mod join;
+
+pub mod graph;
+
+#[cfg(test)]
+mod tests;

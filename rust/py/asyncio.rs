@@ -1,0 +1,96 @@
+//! The few names of asyncio that the driver calls, looked up once per process.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+
+use super::errors::WorkflowError;
+
+pub(super) struct Asyncio {
+    running_loop: Py<PyAny>,
+    current_task: Py<PyAny>,
+    sleep: Py<PyAny>,
+    pub(super) task: Py<PyType>,
+    base_loop_time: Py<PyAny>,
+    monotonic: Py<PyAny>,
+    random: Py<PyAny>,
+    copy_context: Py<PyAny>,
+}
+
+impl Asyncio {
+    pub(super) fn of(py: Python<'_>) -> PyResult<&Asyncio> {
+        static NAMES: PyOnceLock<Asyncio> = PyOnceLock::new();
+        NAMES.get_or_try_init(py, || {
+            let asyncio = py.import("asyncio")?;
+            Ok(Asyncio {
+                running_loop: asyncio.getattr("get_running_loop")?.unbind(),
+                current_task: asyncio.getattr("current_task")?.unbind(),
+                sleep: asyncio.getattr("sleep")?.unbind(),
+                task: asyncio.getattr("Task")?.cast_into()?.unbind(),
+                base_loop_time: asyncio.getattr("BaseEventLoop")?.getattr("time")?.unbind(),
+                monotonic: py.import("time")?.getattr("monotonic")?.unbind(),
+                random: py.import("random")?.getattr("random")?.unbind(),
+                copy_context: py.import("contextvars")?.getattr("copy_context")?.unbind(),
+            })
+        })
+    }
+
+    pub(super) fn sleep<'py>(&self, py: Python<'py>, seconds: f64) -> PyResult<Bound<'py, PyAny>> {
+        self.sleep.bind(py).call1((seconds,))
+    }
+
+    /// A number in [0, 1) for the core's jitter; Python's, so that `random.seed` makes a test repeatable.
+    pub(super) fn dice(&self, py: Python<'_>) -> PyResult<f64> {
+        self.random.bind(py).call0()?.extract()
+    }
+
+    pub(super) fn copy_context<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.copy_context.bind(py).call0()
+    }
+
+    /// The task that is running now; an error where there is none, since nothing else can be cancelled.
+    pub(super) fn host<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let task = self.current_task.bind(py).call0()?;
+        if task.is_none() {
+            return Err(WorkflowError::new_err("a timeout needs a running asyncio task: await the run inside one"));
+        }
+        Ok(task)
+    }
+}
+
+/// The event loop of a run and its clock.
+pub(super) struct Clock {
+    pub(super) event_loop: Py<PyAny>,
+    /// `time.monotonic` where the loop's `time()` is asyncio's own (it returns just that), else the loop's bound method.
+    now: Py<PyAny>,
+}
+
+impl Clock {
+    pub(super) fn running(py: Python<'_>) -> PyResult<Clock> {
+        let names = Asyncio::of(py)?;
+        let event_loop = names.running_loop.bind(py).call0()?;
+        let stock = event_loop.get_type().getattr(intern!(py, "time"))?.is(names.base_loop_time.bind(py));
+        let now = if stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };
+        Ok(Clock { event_loop: event_loop.unbind(), now })
+    }
+
+    pub(super) fn now(&self, py: Python<'_>) -> PyResult<f64> {
+        self.now.bind(py).call0()?.extract()
+    }
+
+    /// Arms a timer; cancel what is returned with `disarm`.
+    pub(super) fn call_at(&self, py: Python<'_>, when: f64, callback: Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+        let handle = self.event_loop.bind(py).call_method1(intern!(py, "call_at"), (when, callback))?;
+        Ok(handle.unbind())
+    }
+}
+
+/// Cancels a timer handle, if there is one.
+pub(super) fn disarm(py: Python<'_>, handle: Option<Py<PyAny>>) {
+    if let Some(handle) = handle
+        && let Err(error) = handle.bind(py).call_method0(intern!(py, "cancel"))
+    {
+        error.write_unraisable(py, None);
+    }
+}

@@ -1,0 +1,60 @@
+//! From Python's numbers to the core's: one converter for each kind, which names the parameter it refuses.
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt};
+
+use crate::core::time::Nanos;
+
+use super::errors::{ConfigurationError, show};
+
+fn refused(name: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {
+    match (show(value), value.get_type().name()) {
+        (Ok(text), Ok(class)) => ConfigurationError::new_err(format!("{name} must be {wanted}, got {text} ({class})")),
+        (Err(error), _) | (_, Err(error)) => error,
+    }
+}
+
+/// A float, or an int that is no bool.
+pub(super) fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    let is_number =
+        value.is_instance_of::<PyFloat>() || (value.is_instance_of::<PyInt>() && !value.is_instance_of::<PyBool>());
+    if !is_number {
+        return Err(refused(name, "a number", value));
+    }
+    value.extract().map_err(|_| refused(name, "a number in the range of a float", value))
+}
+
+/// An int that is no bool.
+pub(super) fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
+    if !value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>() {
+        return Err(refused(name, "an int", value));
+    }
+    value.extract().map_err(|_| refused(name, "an int of at most 64 bits", value))
+}
+
+/// A duration: seconds as a number, or a timedelta.
+pub(super) fn duration(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Nanos> {
+    let seconds = if value.is_instance_of::<PyDelta>() {
+        value.call_method0("total_seconds")?.extract()?
+    } else {
+        number(name, value).map_err(|_| refused(name, "seconds as a number or a timedelta", value))?
+    };
+    Ok(Nanos::from_seconds(name, seconds)?)
+}
+
+/// The seconds of a duration, after the same checks as everywhere; None stays None.
+#[pyfunction]
+#[pyo3(signature = (name, value, /))]
+pub(super) fn seconds(name: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<f64>> {
+    value.map(|value| duration(name, value).map(Nanos::as_seconds)).transpose()
+}
+
+/// Whether `hash()` accepts the value, which a list, or a tuple with one, it does not; what else it raises is raised.
+pub(super) fn is_hashable(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    match value.hash() {
+        Ok(_) => Ok(true),
+        Err(error) if error.is_instance_of::<PyTypeError>(value.py()) => Ok(false),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,361 @@
+//! What a definition is made of: retry modes, join strategies, and the prepared form of a task.
+
+use pyo3::exceptions::{PyBaseException, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple, PyType};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::core::join::JoinStrategy;
+use crate::core::retry::RetryMode;
+use crate::core::time::Nanos;
+
+use super::convert::{count, duration, number};
+use super::errors::NonRetryable;
+
+/// How often a failed attempt is repeated, and after which delay.
+#[pyclass(frozen, eq, module = "cano", name = "RetryMode")]
+#[derive(PartialEq)]
+pub(super) struct PyRetryMode(RetryMode);
+
+#[pymethods]
+impl PyRetryMode {
+    #[staticmethod]
+    fn none() -> Self {
+        Self(RetryMode::None)
+    }
+
+    #[staticmethod]
+    fn fixed(retries: &Bound<'_, PyAny>, delay: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let delay = duration("delay", delay)?;
+        Ok(Self(RetryMode::fixed(count("retries", retries)?, delay)?))
+    }
+
+    #[staticmethod]
+    #[pyo3(
+        signature = (retries=None, base=None, *, factor=None, max_delay=None, jitter=None),
+        text_signature = "(retries=3, base=0.1, *, factor=2.0, max_delay=30.0, jitter=0.1)"
+    )]
+    fn exponential(
+        retries: Option<&Bound<'_, PyAny>>,
+        base: Option<&Bound<'_, PyAny>>,
+        factor: Option<&Bound<'_, PyAny>>,
+        max_delay: Option<&Bound<'_, PyAny>>,
+        jitter: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let or = |given: Option<&Bound<'_, PyAny>>, name: &str, seconds: f64| {
+            given.map_or_else(|| Ok(Nanos::from_seconds(name, seconds)?), |value| duration(name, value))
+        };
+        Ok(Self(RetryMode::exponential(
+            retries.map_or(Ok(3), |value| count("retries", value))?,
+            or(base, "base", 0.1)?,
+            factor.map_or(Ok(2.0), |value| number("factor", value))?,
+            or(max_delay, "max_delay", 30.0)?,
+            jitter.map_or(Ok(0.1), |value| number("jitter", value))?,
+        )?))
+    }
+
+    fn __repr__(&self) -> String {
+        match self.0 {
+            RetryMode::None => "RetryMode.none()".to_owned(),
+            RetryMode::Fixed { retries, delay } => {
+                format!("RetryMode.fixed({retries}, {:?})", delay.as_seconds())
+            }
+            RetryMode::Exponential { retries, base, factor, max_delay, jitter } => format!(
+                "RetryMode.exponential({retries}, {:?}, factor={factor:?}, max_delay={:?}, jitter={jitter:?})",
+                base.as_seconds(),
+                max_delay.as_seconds()
+            ),
+        }
+    }
+
+    fn __hash__(&self, py: Python<'_>) -> PyResult<isize> {
+        PyString::new(py, &self.__repr__()).hash()
+    }
+
+    /// Its constructor, for copies and pickles.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<Rebuilt<'py>> {
+        let (py, class) = (slf.py(), slf.get_type());
+        let caller = py.import("operator")?.getattr("methodcaller")?;
+        let call = match slf.get().0 {
+            RetryMode::None => caller.call1(("none",))?,
+            RetryMode::Fixed { retries, delay } => caller.call1(("fixed", retries, delay.as_seconds()))?,
+            RetryMode::Exponential { retries, base, factor, max_delay, jitter } => {
+                let options = PyDict::new(py);
+                options.set_item("factor", factor)?;
+                options.set_item("max_delay", max_delay.as_seconds())?;
+                options.set_item("jitter", jitter)?;
+                caller.call(("exponential", retries, base.as_seconds()), Some(&options))?
+            }
+        };
+        Ok((call, (class,)))
+    }
+}
+
+/// A function and its arguments, as `__reduce__` gives them.
+type Rebuilt<'py> = (Bound<'py, PyAny>, (Bound<'py, PyType>,));
+
+/// When a split may go on.
+#[pyclass(frozen, eq, module = "cano", name = "JoinStrategy")]
+#[derive(PartialEq)]
+pub(super) struct PyJoinStrategy(pub(super) JoinStrategy);
+
+#[pymethods]
+impl PyJoinStrategy {
+    #[classattr]
+    #[pyo3(name = "All")]
+    fn all() -> Self {
+        Self(JoinStrategy::All)
+    }
+
+    #[classattr]
+    #[pyo3(name = "Any")]
+    fn any() -> Self {
+        Self(JoinStrategy::Any)
+    }
+
+    #[classattr]
+    #[pyo3(name = "PartialTimeout")]
+    fn partial_timeout() -> Self {
+        Self(JoinStrategy::PartialTimeout)
+    }
+
+    #[staticmethod]
+    #[pyo3(name = "Quorum")]
+    fn quorum(n: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self(JoinStrategy::quorum(count("n", n)?)?))
+    }
+
+    #[staticmethod]
+    #[pyo3(name = "Percentage")]
+    fn percentage(p: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self(JoinStrategy::percentage(number("p", p)?)?))
+    }
+
+    #[staticmethod]
+    #[pyo3(name = "PartialResults")]
+    fn partial_results(n: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self(JoinStrategy::partial_results(count("n", n)?)?))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("JoinStrategy.{}", self.0)
+    }
+
+    fn __hash__(&self, py: Python<'_>) -> PyResult<isize> {
+        PyString::new(py, &self.__repr__()).hash()
+    }
+
+    /// Its constructor or constant, for copies and pickles.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<Rebuilt<'py>> {
+        let operator = slf.py().import("operator")?;
+        let get = match slf.get().0 {
+            JoinStrategy::Quorum(n) => operator.call_method1("methodcaller", ("Quorum", n))?,
+            JoinStrategy::PartialResults(n) => operator.call_method1("methodcaller", ("PartialResults", n))?,
+            JoinStrategy::Percentage(p) => operator.call_method1("methodcaller", ("Percentage", p))?,
+            constant @ (JoinStrategy::All | JoinStrategy::Any | JoinStrategy::PartialTimeout) => {
+                operator.call_method1("attrgetter", (constant.to_string(),))?
+            }
+        };
+        Ok((get, (slf.get_type(),)))
+    }
+}
+
+/// A `TaskConfig` as the driver reads it.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Policy {
+    pub(super) retry: RetryMode,
+    /// Exception types that are worth another attempt, or a predicate.
+    retry_on: Py<PyAny>,
+    /// Those of `retry_on` that overrule `never`; None where `retry_on` is a predicate, which decides alone.
+    explicit: Option<Py<PyTuple>>,
+    /// Programming errors and our own shape errors.
+    never: Py<PyTuple>,
+    pub(super) attempt_timeout: Option<f64>,
+}
+
+#[pymethods]
+impl Policy {
+    #[new]
+    fn new(
+        retry: &Bound<'_, PyRetryMode>,
+        retry_on: Py<PyAny>,
+        explicit: Option<Py<PyTuple>>,
+        never: Py<PyTuple>,
+        attempt_timeout: Option<f64>,
+    ) -> Self {
+        Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.retry_on)?;
+        visit.call(&self.explicit)?;
+        visit.call(&self.never)
+    }
+}
+
+impl Policy {
+    /// Whether this failure is worth another attempt; raises what a predicate raises.
+    pub(super) fn is_retryable(&self, py: Python<'_>, error: &Bound<'_, PyBaseException>) -> PyResult<bool> {
+        if error.is_instance_of::<NonRetryable>() {
+            return Ok(false);
+        }
+        let Some(explicit) = &self.explicit else {
+            return self.retry_on.bind(py).call1((error,))?.is_truthy();
+        };
+        Ok(error.is_instance(self.retry_on.bind(py))?
+            && (!error.is_instance(self.never.bind(py))? || error.is_instance(explicit.bind(py))?))
+    }
+}
+
+/// Where one argument of a task comes from.
+pub(super) enum Source {
+    Resources,
+    Resource { key: Py<PyAny>, class: Py<PyAny> },
+    Context,
+    Joined { optional: bool },
+}
+
+/// How a function wants to be called, read once from its signature, and the states its annotation declares.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Plan {
+    pub(super) sources: Box<[Source]>,
+    /// Names of the last arguments, where they are passed by keyword.
+    keywords: Option<Py<PyTuple>>,
+    pub(super) declared: Option<Py<PyTuple>>,
+    /// Whether calling it does nothing but make a coroutine.
+    is_coroutine_function: bool,
+}
+
+#[pymethods]
+impl Plan {
+    #[new]
+    fn new(
+        sources: Vec<(String, Py<PyAny>, Py<PyAny>)>,
+        keywords: Option<Py<PyTuple>>,
+        declared: Option<Py<PyTuple>>,
+        is_coroutine_function: bool,
+    ) -> PyResult<Self> {
+        let sources = sources
+            .into_iter()
+            .map(|(kind, key, class)| match kind.as_str() {
+                "resources" => Ok(Source::Resources),
+                "resource" => Ok(Source::Resource { key, class }),
+                "context" => Ok(Source::Context),
+                "joined" => Ok(Source::Joined { optional: false }),
+                "joined or none" => Ok(Source::Joined { optional: true }),
+                other => Err(PyTypeError::new_err(format!("no such argument source: {other}"))),
+            })
+            .collect::<PyResult<_>>()?;
+        Ok(Self { sources, keywords, declared, is_coroutine_function })
+    }
+
+    /// Whether a parameter asks for the `SplitResult`, and cannot do without it.
+    #[getter]
+    pub(super) fn needs_joined(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Joined { optional: false }))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        for source in &self.sources {
+            if let Source::Resource { key, class } = source {
+                visit.call(key)?;
+                visit.call(class)?;
+            }
+        }
+        visit.call(&self.keywords)?;
+        visit.call(&self.declared)
+    }
+}
+
+impl Plan {
+    pub(super) fn wants_context(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Context))
+    }
+}
+
+/// A task, ready to be called: the bound callable with its plan, name and policy.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct TaskSpec {
+    call: Py<PyAny>,
+    pub(super) name: Py<PyString>,
+    pub(super) plan: Py<Plan>,
+    pub(super) policy: Option<Py<Policy>>,
+}
+
+#[pymethods]
+impl TaskSpec {
+    #[new]
+    fn new(call: Py<PyAny>, name: Py<PyString>, plan: Py<Plan>, policy: Option<Py<Policy>>) -> Self {
+        Self { call, name, plan, policy }
+    }
+
+    #[getter]
+    fn name(&self, py: Python<'_>) -> Py<PyString> {
+        self.name.clone_ref(py)
+    }
+
+    #[getter]
+    fn plan(&self, py: Python<'_>) -> Py<Plan> {
+        self.plan.clone_ref(py)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.call)?;
+        visit.call(&self.plan)?;
+        visit.call(&self.policy)
+    }
+}
+
+impl TaskSpec {
+    pub(super) fn plan_ref(&self) -> &Plan {
+        self.plan.get()
+    }
+
+    pub(super) fn max_attempts(&self) -> u32 {
+        self.policy.as_ref().map_or(1, |policy| policy.get().retry.max_attempts())
+    }
+
+    pub(super) fn attempt_timeout(&self) -> Option<f64> {
+        self.policy.as_ref()?.get().attempt_timeout
+    }
+
+    /// Whether its coroutine can run as it is: nothing of the policy has to act around it.
+    pub(super) fn is_plain_coroutine(&self) -> bool {
+        self.plan.get().is_coroutine_function && self.policy.is_none()
+    }
+
+    /// Calls the task with arguments in the order of the plan's sources.
+    pub(super) fn call<'py>(
+        &self,
+        py: Python<'py>,
+        mut arguments: Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let call = self.call.bind(py);
+        if let Some(keywords) = &self.plan.get().keywords {
+            let keywords = keywords.bind(py);
+            let named = PyDict::new(py);
+            let first = arguments.len() - keywords.len();
+            for (name, value) in keywords.iter().zip(arguments.drain(first..)) {
+                named.set_item(name, value)?;
+            }
+            return call.call(PyTuple::new(py, arguments)?, Some(&named));
+        }
+        match arguments.as_slice() {
+            [] => call.call0(),
+            [a] => call.call1((a,)),
+            [a, b] => call.call1((a, b)),
+            [a, b, c] => call.call1((a, b, c)),
+            _ => call.call1(PyTuple::new(py, arguments)?),
+        }
+    }
+
+    /// Calls a task that takes nothing.
+    pub(super) fn call_bare<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.call.bind(py).call0()
+    }
+
+    /// Calls a task that takes one argument, without a list.
+    pub(super) fn call_one<'py>(&self, py: Python<'py>, argument: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.call.bind(py).call1((argument,))
+    }
+}

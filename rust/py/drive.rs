@@ -1,0 +1,711 @@
+//! The state loop of one run: which phase it is in, and what follows from what the user's code did.
+//!
+//! Phases. `Enter` a state -> `Call` its task -> `Work` (an attempt, a back-off, or a split's factory is suspended) or `Join`
+//! (a split is) -> `Enter` the next state. Every rule about retries and joins is the core's; every rule about cancellation is
+//! `asyncio.timeout`'s: what comes out of the user's code passes through unless the run's own timer asked for it.
+
+use std::mem;
+
+use pyo3::exceptions::{PyException, PyRuntimeError, PyStopIteration, PyTimeoutError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyString, PyTuple};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::core::join::JoinVerdict;
+use crate::core::retry::RetryVerdict;
+use crate::core::time::Nanos;
+
+use super::asyncio::Asyncio;
+use super::convert::duration;
+use super::definition::{Source, TaskSpec};
+use super::env::{Env, Failure, RunContext, arguments};
+use super::errors::{
+    AttemptTimeoutError, InvalidTransitionError, RetryAfter, RetryExhaustedError, TaskExecutionError,
+    UnknownStateError, WorkflowError, from_panic, join_error, label, show,
+};
+use super::result::SplitResult;
+use super::run::{Input, Run, Step, is_coroutine, step};
+use super::split::{Poll, Split, Start};
+use super::table::{JoinSpec, Kind, Table};
+use super::timer::{Limit, Timer};
+
+/// Transitions without a suspension after which the loop gets a turn.
+const TURN: u32 = 1024;
+
+/// How far the run came.
+pub(super) enum Advance<'py> {
+    Suspended(Bound<'py, PyAny>),
+    Finished(Bound<'py, PyAny>),
+}
+
+/// What the suspended coroutine is.
+#[derive(Clone, Copy, PartialEq)]
+enum Work {
+    Attempt,
+    Backoff,
+    Factory,
+}
+
+enum Phase {
+    Enter(usize),
+    Call,
+    Work(Work, Py<PyAny>),
+    Join(Py<Split>),
+    Over,
+}
+
+/// What follows a phase.
+enum Flow<'py> {
+    Go(Phase),
+    Suspend(Bound<'py, PyAny>, Phase),
+    Finish(Bound<'py, PyAny>),
+}
+
+/// What is run.
+enum Program {
+    /// States, until an exit state or the one that a fork joins into.
+    Machine { until: Option<usize> },
+    /// One task, whose value is the outcome: a branch with a policy of its own.
+    Branch(Py<TaskSpec>),
+}
+
+pub(super) struct Drive {
+    phase: Phase,
+    program: Program,
+    state: usize,
+    attempt: u32,
+    /// Whether the present phase has not suspended yet.
+    fresh: bool,
+    unsuspended: u32,
+    /// The result of the split that led into the present state.
+    joined: Option<Py<SplitResult>>,
+    timer: Timer,
+}
+
+impl Drive {
+    fn new(state: usize, phase: Phase, program: Program) -> Self {
+        Self { phase, program, state, attempt: 0, fresh: true, unsuspended: 0, joined: None, timer: Timer::default() }
+    }
+
+    /// Runs states from `state` on.
+    pub(super) fn machine(state: usize, until: Option<usize>) -> Self {
+        Self::new(state, Phase::Enter(state), Program::Machine { until })
+    }
+
+    /// Runs one task as a branch of the split in `state`.
+    pub(super) fn branch(state: usize, task: Py<TaskSpec>) -> Self {
+        Self::new(state, Phase::Call, Program::Branch(task))
+    }
+
+    /// Goes on until the user's code suspends or the run ends.
+    pub(super) fn advance<'py>(&mut self, run: &Bound<'py, Run>, input: Input<'py>) -> PyResult<Advance<'py>> {
+        let py = run.py();
+        let mut phase = mem::replace(&mut self.phase, Phase::Over);
+        let mut input = Some(input);
+        loop {
+            let flow = match phase {
+                Phase::Enter(_) | Phase::Call if matches!(input, Some(Input::Throw(_))) => {
+                    let Some(Input::Throw(error)) = input else { unreachable!("matched above") };
+                    return Err(self.interrupted(run, error)?);
+                }
+                Phase::Enter(state) => self.enter(run, state)?,
+                Phase::Call => self.call(run)?,
+                Phase::Work(work, inner) => {
+                    let input = input.take().unwrap_or_else(|| Input::nothing(py));
+                    self.work(run, work, inner.into_bound(py), input)?
+                }
+                Phase::Join(split) => self.join(run, split, input.take())?,
+                Phase::Over => return Err(WorkflowError::new_err("the run is over")),
+            };
+            input = None;
+            match flow {
+                Flow::Go(next) => phase = next,
+                Flow::Suspend(value, next) => {
+                    self.phase = next;
+                    self.unsuspended = 0;
+                    return Ok(Advance::Suspended(value));
+                }
+                Flow::Finish(value) => return Ok(Advance::Finished(value)),
+            }
+        }
+    }
+
+    /// Enters a state, and each next one for as long as nothing suspends or needs more than a call and a look-up.
+    fn enter<'py>(&mut self, run: &Bound<'py, Run>, mut state: usize) -> PyResult<Flow<'py>> {
+        let (py, this) = (run.py(), run.get());
+        let env = this.env.get();
+        let table = env.table.get();
+        let counted = if table.counts_visits { table.states.len() } else { 0 };
+        let until = match self.program {
+            Program::Machine { until } => until,
+            Program::Branch(_) => None,
+        };
+        loop {
+            this.track.with(py, |track| track.enter(state, counted));
+            self.state = state;
+            self.attempt = 0;
+            let entry = &table.states[state];
+            if matches!(entry.kind, Kind::Exit) || until == Some(state) {
+                return Ok(Flow::Finish(entry.key.bind(py).clone()));
+            }
+            self.unsuspended += 1;
+            if self.unsuspended == TURN {
+                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
+            }
+            let Some(task) = entry.untimed_task().filter(|_| env.budget.is_none()) else {
+                return self.call(run);
+            };
+            self.attempt = 1;
+            self.fresh = true;
+            let made = match self.invoke(run, task) {
+                Ok(made) if is_coroutine(&made) => made,
+                Ok(value) => return self.returned_at_once(run, Work::Attempt, value),
+                Err(error) => return self.raised(run, Work::Attempt, error),
+            };
+            let value = match step(&made, Input::nothing(py)) {
+                Step::Returned(value) => value,
+                Step::Yielded(value) => return self.suspend(run, Work::Attempt, made, value),
+                Step::Raised(error) => return self.raised(run, Work::Attempt, error),
+            };
+            match table.by_identity(&value) {
+                Some(next) if entry.may_lead_to(next) => {
+                    self.joined = None;
+                    state = next;
+                }
+                _ => return self.route(run, &value),
+            }
+        }
+    }
+
+    fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        if let Program::Branch(task) = &self.program {
+            let task = task.clone_ref(py);
+            return self.begin(run, Work::Attempt, task.get());
+        }
+        let table = run.get().env.get().table.get();
+        match &table.states[self.state].kind {
+            Kind::Task { task, .. } => self.begin(run, Work::Attempt, task.get()),
+            Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
+            Kind::Split { branches, join } => {
+                if let Some(error) = run.get().env.get().check_budget(py)? {
+                    return Err(self.failed(run, None, error));
+                }
+                let starts = tasks(branches.bind(py))?;
+                self.open(run, starts, join)
+            }
+            Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
+        }
+    }
+
+    /// Starts an attempt and runs it to its first suspension.
+    fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, task: &TaskSpec) -> PyResult<Flow<'py>> {
+        let (py, env) = (run.py(), run.get().env.get());
+        self.attempt += 1;
+        self.fresh = true;
+        if let Some(error) = env.check_budget(py)? {
+            self.attempt = 0;
+            return Err(self.failed(run, None, error));
+        }
+        if let Some(limit) = task.attempt_timeout() {
+            self.timer.attempt_deadline = Some(env.now(py)? + limit);
+        }
+        match self.invoke(run, task) {
+            Ok(made) if is_coroutine(&made) => self.work(run, work, made, Input::nothing(py)),
+            Ok(value) => self.returned_at_once(run, work, value),
+            Err(error) => self.raised(run, work, error),
+        }
+    }
+
+    #[inline]
+    fn invoke<'py>(&self, run: &Bound<'py, Run>, task: &TaskSpec) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (run.py(), run.get());
+        match &*task.plan_ref().sources {
+            [] => task.call_bare(py),
+            [Source::Resources] => task.call_one(py, this.env.get().resources.bind(py)),
+            _ => {
+                let context = || {
+                    let is_branch = matches!(self.program, Program::Branch(_));
+                    let visit = match (&this.scope, is_branch) {
+                        (Some((scope, _)), true) => scope.visit,
+                        _ => this.track.with(py, |track| track.visits.get(self.state).copied().unwrap_or(1)),
+                    };
+                    RunContext {
+                        env: this.env.clone_ref(py),
+                        scope: this.scope.clone(),
+                        index: self.state,
+                        attempt: self.attempt,
+                        visit,
+                        is_branch,
+                    }
+                };
+                let plan = task.plan.bind(py);
+                task.call(py, arguments(plan, this.env.get(), context, self.joined.as_ref())?)
+            }
+        }
+    }
+
+    /// A call that made no coroutine: a plain function's value, or another kind of awaitable.
+    fn returned_at_once<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        work: Work,
+        value: Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        let is_state = work == Work::Attempt
+            && matches!(self.program, Program::Machine { .. })
+            && run.get().env.get().table.get().by_identity(&value).is_some();
+        let awaitable = if is_state { None } else { value.get_type().getattr_opt(intern!(py, "__await__"))? };
+        match awaitable {
+            Some(method) => match method.call1((&value,)) {
+                Ok(inner) => self.work(run, work, inner, Input::nothing(py)),
+                Err(error) => self.raised(run, work, error),
+            },
+            None => self.returned(run, work, value),
+        }
+    }
+
+    /// Steps the suspended coroutine.
+    fn work<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        work: Work,
+        inner: Bound<'py, PyAny>,
+        input: Input<'py>,
+    ) -> PyResult<Flow<'py>> {
+        match step(&inner, input) {
+            Step::Yielded(value) => self.suspend(run, work, inner, value),
+            Step::Returned(value) => {
+                drop(inner);
+                self.timer.settle(run.py(), None)?;
+                self.returned(run, work, value)
+            }
+            Step::Raised(error) => {
+                drop(inner);
+                self.raised(run, work, error)
+            }
+        }
+    }
+
+    fn suspend<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        work: Work,
+        inner: Bound<'py, PyAny>,
+        value: Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        self.suspended(run)?;
+        Ok(Flow::Suspend(value, Phase::Work(work, inner.unbind())))
+    }
+
+    fn returned<'py>(&mut self, run: &Bound<'py, Run>, work: Work, value: Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        self.timer.attempt_deadline = None;
+        match work {
+            Work::Backoff => Ok(Flow::Go(Phase::Call)),
+            Work::Factory => self.made_branches(run, &value),
+            Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
+            Work::Attempt => self.route(run, &value),
+        }
+    }
+
+    /// An exception came out of the user's code, or out of the wait between two attempts.
+    fn raised<'py>(&mut self, run: &Bound<'py, Run>, work: Work, error: PyErr) -> PyResult<Flow<'py>> {
+        let (py, env) = (run.py(), run.get().env.get());
+        let limit = self.timer.settle(py, Some(&error))?;
+        let error = match (limit, env.budget) {
+            (Some(Limit::Run), Some(budget)) => {
+                let told = env.timed_out(py, budget);
+                told.set_cause(py, Some(error));
+                self.attempt = 0;
+                return Err(self.failed(run, self.task(run), told));
+            }
+            (Some(_), _) => {
+                let seconds = self.task(run).and_then(|task| task.get().attempt_timeout()).unwrap_or_default();
+                let text = format!("the attempt took longer than its attempt_timeout of {seconds} s");
+                let told = AttemptTimeoutError::new_err((text, seconds));
+                told.set_cause(py, Some(error));
+                told
+            }
+            (None, _) if error.is_instance_of::<PyStopIteration>(py) => self.stop_iteration(run, error)?,
+            (None, _) => error,
+        };
+        if !error.is_instance_of::<PyException>(py) {
+            return Err(match from_panic(py, error) {
+                Ok(panic) => self.failed(run, self.task(run), panic),
+                Err(passes) => passes,
+            });
+        }
+        let Some(task) = self.task(run).filter(|_| work == Work::Attempt) else {
+            return Err(self.failed(run, self.task(run), error));
+        };
+        self.retry(run, task, error)
+    }
+
+    /// A plain function that lets a StopIteration out would end the run like a return; a coroutine (PEP 479) cannot.
+    fn stop_iteration(&self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
+        let told = PyRuntimeError::new_err(format!("{} raised StopIteration", self.place(run)?));
+        told.set_cause(run.py(), Some(error));
+        Ok(told)
+    }
+
+    /// Asks the core what follows a failed attempt.
+    fn retry<'py>(&mut self, run: &Bound<'py, Run>, task: Py<TaskSpec>, error: PyErr) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        let Some(policy) = &task.get().policy else {
+            return Err(self.failed(run, Some(task), error));
+        };
+        let policy = policy.get();
+        match policy.is_retryable(py, error.value(py).as_any().cast()?) {
+            Ok(true) => {}
+            Ok(false) => return Err(self.failed(run, Some(task), error)),
+            Err(broken) => {
+                broken.set_context(py, Some(error));
+                return Err(self.failed(run, Some(task), broken));
+            }
+        }
+        let asked: Option<Nanos> = if error.is_instance_of::<RetryAfter>(py) {
+            let delay = error.value(py).getattr(intern!(py, "delay"));
+            match delay.and_then(|delay| duration("delay", &delay)) {
+                Ok(delay) => Some(delay),
+                Err(problem) => {
+                    problem.set_cause(py, Some(error));
+                    return Err(self.failed(run, Some(task), problem));
+                }
+            }
+        } else {
+            None
+        };
+        let names = Asyncio::of(py)?;
+        match policy.retry.after_failure(self.attempt, asked, names.dice(py)?) {
+            RetryVerdict::NotConfigured => Err(self.failed(run, Some(task), error)),
+            RetryVerdict::Exhausted => {
+                let failure = self.failure(run, Some(&task));
+                let last = run.get().annotate(py, &failure, error);
+                let attempts = self.attempt;
+                let name = task.get().name.bind(py).to_cow()?;
+                let told = RetryExhaustedError::new_err((
+                    format!(
+                        "task {name} failed in each of its {attempts} attempts: {}",
+                        last.value(py).get_type().name()?
+                    ),
+                    attempts,
+                ));
+                told.set_cause(py, Some(last));
+                Err(self.failed(run, Some(task), told))
+            }
+            RetryVerdict::Retry(delay) => {
+                drop(error);
+                self.fresh = true;
+                let sleep = names.sleep(py, delay.as_seconds())?;
+                self.work(run, Work::Backoff, sleep, Input::nothing(py))
+            }
+        }
+    }
+
+    /// The next state, from what the task returned.
+    fn route<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let table = run.get().env.get().table.get();
+        match table.by_identity(value) {
+            Some(next) => self.go(run, table, next),
+            None => self.route_by_value(run, value),
+        }
+    }
+
+    fn go<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, next: usize) -> PyResult<Flow<'py>> {
+        if !table.states[self.state].may_lead_to(next) {
+            return Err(self.undeclared(run, table, next));
+        }
+        self.joined = None;
+        Ok(Flow::Go(Phase::Enter(next)))
+    }
+
+    #[cold]
+    fn route_by_value<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        let class = value.get_type();
+        if class.is(table.single.bind(py)) {
+            let state = value.getattr(intern!(py, "state"))?;
+            return self.look_up(run, table, &state);
+        }
+        if class.is(table.split.bind(py)) {
+            return self.fork(run, table, value);
+        }
+        self.look_up(run, table, value)
+    }
+
+    fn look_up<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        match table.find(value) {
+            Ok(Some(next)) => return self.go(run, table, next),
+            Ok(None) => {}
+            Err(error) => return Err(self.failed(run, self.task(run), error)),
+        }
+        let place = self.place(run)?;
+        let error = if table.has_state_of_type(&value.get_type()) {
+            UnknownStateError::new_err(format!(
+                "{place} returned {}, which is neither registered nor an exit state",
+                label(value)?
+            ))
+        } else {
+            InvalidTransitionError::new_err(format!(
+                "{place} returned a value of type {}; a task returns a state, TaskResult.Single or TaskResult.Split",
+                value.get_type().qualname()?
+            ))
+        };
+        Err(self.failed(run, self.task(run), error))
+    }
+
+    fn undeclared(&self, run: &Bound<'_, Run>, table: &Table, next: usize) -> PyErr {
+        let py = run.py();
+        let names: Vec<String> = table.states[self.state]
+            .declared
+            .iter()
+            .flatten()
+            .map(|index| table.states[*index].label.bind(py).to_string())
+            .collect();
+        let error = match self.place(run) {
+            Ok(place) => InvalidTransitionError::new_err(format!(
+                "{place} returned {}, but its annotation declares only {}",
+                table.states[next].label.bind(py),
+                names.join(", ")
+            )),
+            Err(error) => error,
+        };
+        self.failed(run, self.task(run), error)
+    }
+
+    /// The task returned `TaskResult.Split`: one branch for each state it lists.
+    fn fork<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let Kind::Task { fork: Some(join), .. } = &table.states[self.state].kind else {
+            let error = WorkflowError::new_err(format!(
+                "{} returned TaskResult.Split; register its state with register_split(), or give register() a join=",
+                self.place(run)?
+            ));
+            return Err(self.failed(run, self.task(run), error));
+        };
+        let mut starts = Vec::new();
+        for state in value.getattr(intern!(run.py(), "states"))?.try_iter()? {
+            let state = state?;
+            match table.find(&state) {
+                Ok(Some(index)) => starts.push(Start::State(index)),
+                Ok(None) => {
+                    let error = UnknownStateError::new_err(format!(
+                        "{} split into {}, which is neither registered nor an exit state",
+                        self.place(run)?,
+                        show(&state)?
+                    ));
+                    return Err(self.failed(run, self.task(run), error));
+                }
+                Err(error) => return Err(self.failed(run, self.task(run), error)),
+            }
+        }
+        self.open_checked(run, starts, join)
+    }
+
+    /// A factory gave the branches of a split.
+    fn made_branches<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        let Kind::Factory { join, .. } = &table.states[self.state].kind else {
+            unreachable!("only a factory's state runs a factory")
+        };
+        let prepared = table.prepare.bind(py).call1((value,)).and_then(|prepared| tasks(prepared.cast::<PyTuple>()?));
+        match prepared {
+            Ok(starts) => self.open_checked(run, starts, join),
+            Err(error) => Err(self.failed(run, self.task(run), error)),
+        }
+    }
+
+    /// Opens a split whose number of branches is known only now.
+    fn open_checked<'py>(&mut self, run: &Bound<'py, Run>, starts: Vec<Start>, join: &JoinSpec) -> PyResult<Flow<'py>> {
+        match join.strategy.check(starts.len(), join.timeout.is_some()) {
+            Ok(()) => self.open(run, starts, join),
+            Err(error) => Err(self.failed(run, self.task(run), error.into())),
+        }
+    }
+
+    fn open<'py>(&mut self, run: &Bound<'py, Run>, starts: Vec<Start>, join: &JoinSpec) -> PyResult<Flow<'py>> {
+        self.fresh = true;
+        self.attempt = 1;
+        self.timer.attempt_deadline = None;
+        let split = Split::open(run, self.state, starts, join)?;
+        self.join(run, split, None)
+    }
+
+    /// Waits for a split, or takes its result.
+    fn join<'py>(&mut self, run: &Bound<'py, Run>, split: Py<Split>, input: Option<Input<'py>>) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        if let Some(Input::Throw(error)) = input {
+            split.get().interrupt(py, error)?;
+        }
+        let (verdict, result) = match Split::poll(split.bind(py))? {
+            Poll::Waiting(waiter) => {
+                self.suspended(run)?;
+                return Ok(Flow::Suspend(waiter, Phase::Join(split)));
+            }
+            Poll::Interrupted(error) => return Err(self.interrupted(run, error)?),
+            Poll::Joined(verdict, result) => (verdict, result),
+        };
+        self.timer.settle(py, None)?;
+        let Some(join) = table.states[self.state].join() else {
+            unreachable!("a split was opened from a state that has a join")
+        };
+        if verdict == JoinVerdict::Proceed {
+            self.joined = Some(Py::new(py, result)?);
+            return Ok(Flow::Go(Phase::Enter(join.next)));
+        }
+        let error = self.join_failed(run, join, verdict, result)?;
+        Err(self.failed(run, None, error))
+    }
+
+    fn join_failed(
+        &self,
+        run: &Bound<'_, Run>,
+        join: &JoinSpec,
+        verdict: JoinVerdict,
+        result: SplitResult,
+    ) -> PyResult<PyErr> {
+        let py = run.py();
+        let mut exceptions = result.exceptions(py);
+        let result = Bound::new(py, result)?;
+        let state = run.get().env.get().label(py, self.state);
+        let counts = result.get().counts();
+        let (class, message) = if verdict == JoinVerdict::TimedOut {
+            let seconds = join.timeout.unwrap_or_default();
+            let text = format!("the split in state {state} was not decided within its timeout of {seconds} s");
+            let timeout = PyTimeoutError::new_err(text.clone());
+            exceptions.insert(0, timeout.into_value(py).into_any());
+            ("JoinTimeoutError", text)
+        } else {
+            ("JoinError", format!("the split in state {state} did not reach {}", join.strategy))
+        };
+        if exceptions.is_empty() {
+            let text = format!("no branch of the split in state {state} raised: {counts}");
+            exceptions.push(TaskExecutionError::new_err(text).into_value(py).into_any());
+        }
+        Ok(join_error(py, class, format!("{message}: {counts}"), exceptions, result.into_any()))
+    }
+
+    /// Cancelled, or whatever else was thrown in: it leaves the run unless our own timer asked for it.
+    fn interrupted(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
+        let (py, env) = (run.py(), run.get().env.get());
+        let limit = self.timer.settle(py, Some(&error))?;
+        match (limit, env.budget) {
+            (Some(_), Some(budget)) => {
+                let told = env.timed_out(py, budget);
+                told.set_cause(py, Some(error));
+                self.attempt = 0;
+                Ok(self.failed(run, None, told))
+            }
+            _ => Ok(error),
+        }
+    }
+
+    fn suspended(&mut self, run: &Bound<'_, Run>) -> PyResult<()> {
+        if mem::take(&mut self.fresh) {
+            let (py, env) = (run.py(), run.get().env.get());
+            self.timer.suspended(py, env, || fire(run))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn timer_fired(&mut self, run: &Bound<'_, Run>) -> PyResult<Option<Py<PyAny>>> {
+        let (py, env) = (run.py(), run.get().env.get());
+        self.timer.fired(py, env, || fire(run))
+    }
+
+    /// The task of the present state, or of the branch.
+    fn task(&self, run: &Bound<'_, Run>) -> Option<Py<TaskSpec>> {
+        let py = run.py();
+        if let Program::Branch(task) = &self.program {
+            return Some(task.clone_ref(py));
+        }
+        match &run.get().env.get().table.get().states[self.state].kind {
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => Some(task.clone_ref(py)),
+            Kind::Exit | Kind::Split { .. } => None,
+        }
+    }
+
+    /// "task charge in state CHARGE"
+    fn place(&self, run: &Bound<'_, Run>) -> PyResult<String> {
+        let py = run.py();
+        let state = run.get().env.get().label(py, self.state).to_cow()?;
+        Ok(match self.task(run) {
+            Some(task) => format!("task {} in state {state}", task.get().name.bind(py).to_cow()?),
+            None => format!("state {state}"),
+        })
+    }
+
+    fn failure<'a>(&self, run: &Bound<'_, Run>, task: Option<&'a Py<TaskSpec>>) -> Failure<'a> {
+        Failure {
+            state: self.state,
+            task: task.map(|task| &task.get().name),
+            attempt: self.attempt,
+            max_attempts: task.map_or(1, |task| task.get().max_attempts()),
+            branch: run.get().scope.as_ref().map(|(_, branch)| *branch),
+        }
+    }
+
+    /// Annotates the exception that ends the run.
+    fn failed(&self, run: &Bound<'_, Run>, task: Option<Py<TaskSpec>>, mut error: PyErr) -> PyErr {
+        if error.is_instance_of::<PyStopIteration>(run.py()) {
+            error = self.stop_iteration(run, error).unwrap_or_else(|problem| problem);
+        }
+        let failure = self.failure(run, task.as_ref());
+        run.get().annotate(run.py(), &failure, error)
+    }
+
+    pub(super) fn awaiting(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        match &self.phase {
+            Phase::Work(_, inner) => Some(inner.clone_ref(py)),
+            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Over => None,
+        }
+    }
+
+    pub(super) fn close(&mut self, py: Python<'_>) -> PyResult<()> {
+        match mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Work(_, inner) => {
+                if let Some(close) = inner.bind(py).getattr_opt(intern!(py, "close"))? {
+                    close.call0()?;
+                }
+                Ok(())
+            }
+            Phase::Join(split) => split.get().close(py),
+            Phase::Enter(_) | Phase::Call | Phase::Over => Ok(()),
+        }
+    }
+
+    pub(super) fn stop(&mut self, py: Python<'_>) {
+        self.timer.stop(py);
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.phase {
+            Phase::Work(_, inner) => visit.call(inner)?,
+            Phase::Join(split) => visit.call(split)?,
+            Phase::Enter(_) | Phase::Call | Phase::Over => {}
+        }
+        if let Program::Branch(task) = &self.program {
+            visit.call(task)?;
+        }
+        visit.call(&self.joined)?;
+        self.timer.traverse(visit)
+    }
+}
+
+/// The timer's callback.
+fn fire(run: &Bound<'_, Run>) -> PyResult<Py<PyAny>> {
+    Ok(run.getattr(intern!(run.py(), "_fire"))?.unbind())
+}
+
+fn tasks(branches: &Bound<'_, PyTuple>) -> PyResult<Vec<Start>> {
+    branches.iter().map(|branch| Ok(Start::Task(branch.cast_into::<TaskSpec>()?.unbind()))).collect()
+}
+
+/// The name of a branch.
+pub(super) fn branch_name(py: Python<'_>, env: &Env, start: &Start) -> Py<PyString> {
+    match start {
+        Start::Task(task) => task.get().name.clone_ref(py),
+        Start::State(state) => env.label(py, *state).clone().unbind(),
+    }
+}

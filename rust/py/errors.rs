@@ -1,0 +1,105 @@
+//! The Python exception classes, and the one place where a core error becomes one of them.
+
+use pyo3::exceptions::PyException;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyString;
+
+use crate::core::error::Error;
+
+/// The classes of `python/cano/_errors.py`; they are written there, so that they pickle, type and document like Python.
+mod python {
+    pyo3::import_exception!(cano._errors, AttemptTimeoutError);
+    pyo3::import_exception!(cano._errors, ConfigurationError);
+    pyo3::import_exception!(cano._errors, InvalidTransitionError);
+    pyo3::import_exception!(cano._errors, KeyNotFoundError);
+    pyo3::import_exception!(cano._errors, NonRetryable);
+    pyo3::import_exception!(cano._errors, RetryAfter);
+    pyo3::import_exception!(cano._errors, RetryExhaustedError);
+    pyo3::import_exception!(cano._errors, StoreTypeError);
+    pyo3::import_exception!(cano._errors, TaskExecutionError);
+    pyo3::import_exception!(cano._errors, UnknownStateError);
+    pyo3::import_exception!(cano._errors, WorkflowError);
+    pyo3::import_exception!(cano._errors, WorkflowTimeoutError);
+    pyo3::import_exception!(asyncio.exceptions, CancelledError);
+}
+pub(super) use python::*;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> PyErr {
+        ConfigurationError::new_err(error.to_string())
+    }
+}
+
+/// A function or class of `cano._errors`, looked up once.
+fn helper<'py>(py: Python<'py>, cell: &'static PyOnceLock<Py<PyAny>>, name: &str) -> PyResult<&'py Bound<'py, PyAny>> {
+    cell.get_or_try_init(py, || Ok(py.import("cano._errors")?.getattr(name)?.unbind())).map(|found| found.bind(py))
+}
+
+/// The value as it may stand in a message.
+pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
+    static SHOW: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
+}
+
+/// The name of a state in messages and keys.
+pub(super) fn label<'py>(state: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
+    static LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    Ok(helper(state.py(), &LABEL, "label")?.call1((state,))?.cast_into()?)
+}
+
+/// One `ConfigurationError` that lists every problem of `subject`.
+pub(super) fn configuration(py: Python<'_>, subject: &str, problems: Vec<String>) -> PyErr {
+    let made = py.get_type::<ConfigurationError>().call_method1("of", (subject, problems));
+    match made {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
+    }
+}
+
+/// `JoinError` or `JoinTimeoutError` around the branches' own exceptions.
+pub(super) fn join_error(
+    py: Python<'_>,
+    class: &str,
+    message: String,
+    exceptions: Vec<Py<PyAny>>,
+    result: Bound<'_, PyAny>,
+) -> PyErr {
+    let made = py.import("cano._errors").and_then(|module| module.getattr(class)?.call1((message, exceptions, result)));
+    match made {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
+    }
+}
+
+/// An `ErrorContext` from its fields, in the order of the Python class.
+pub(super) fn context<'py>(py: Python<'py>, fields: impl pyo3::call::PyCallArgs<'py>) -> PyResult<Bound<'py, PyAny>> {
+    static CONTEXT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(py, &CONTEXT, "ErrorContext")?.call1(fields)
+}
+
+/// Puts the note and `__cano__` on an exception; one that cannot be annotated stays as it is.
+pub(super) fn annotate(error: &PyErr, context: &Bound<'_, PyAny>) {
+    static ANNOTATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = context.py();
+    let told = helper(py, &ANNOTATE, "annotate").and_then(|annotate| annotate.call1((error.value(py), context)));
+    if let Err(problem) = told {
+        problem.write_unraisable(py, None);
+    }
+}
+
+/// Turns the panic of a native extension (PyO3's `PanicException`, a `BaseException`) into `TaskExecutionError`.
+pub(super) fn from_panic(py: Python<'_>, error: PyErr) -> Result<PyErr, PyErr> {
+    if error.is_instance_of::<PyException>(py) {
+        return Err(error);
+    }
+    let class = error.get_type(py);
+    let is_panic = class.name().is_ok_and(|name| name == "PanicException")
+        && class.module().is_ok_and(|module| module == "pyo3_runtime");
+    if !is_panic {
+        return Err(error);
+    }
+    let told = TaskExecutionError::new_err(format!("panic: {}", error.value(py)));
+    told.set_cause(py, Some(error));
+    Ok(told)
+}

@@ -1,0 +1,49 @@
+//! The driver: what Python hands over is converted here, `core` is asked, and its verdict carried out.
+//!
+//! A file may use only the files named above it. `unsafe` appears in `run.rs` alone.
+
+mod errors;
+
+mod convert;
+
+mod asyncio;
+
+mod definition;
+
+mod memory;
+
+mod result;
+
+mod table;
+
+mod env;
+
+mod timer;
+
+mod run;
+
+mod split;
+
+mod drive;
+
+#[pyo3::pymodule(gil_used = true)]
+mod _core {
+    #[pymodule_export]
+    use super::convert::seconds;
+    #[pymodule_export]
+    use super::definition::{Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
+    #[pymodule_export]
+    use super::env::RunContext;
+    #[pymodule_export]
+    use super::memory::MemoryStore;
+    #[pymodule_export]
+    use super::result::{BranchOutcome, SplitResult};
+    #[pymodule_export]
+    use super::run::Run;
+    #[pymodule_export]
+    use super::table::{Factory, Table};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "the Python name of the version")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

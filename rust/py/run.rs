@@ -1,0 +1,416 @@
+//! `Run`: the awaitable that carries one workflow run, and the one way to step a coroutine.
+//!
+//! Model. A `Run` is an iterator in the sense of `await`: each `__next__`, `send` or `throw` takes the `Drive` out of its
+//! cell, lets it go on until the user's code suspends or the run ends, and puts it back. While the drive is out, the user's
+//! code runs; it may look at the run (`state`, `path`) or call it again (refused), but finds no borrowed cell.
+//!
+//! Invariants.
+//! - No cell is borrowed while Python runs: what is inside is taken out or copied first, and Python objects are dropped
+//!   outside. `GilCell` panics if this is broken, it never aliases.
+//! - A run belongs to the thread that stepped it first.
+//! - However a run ends, its timer is cancelled and its drive dropped, so that nothing keeps its objects alive.
+//!
+//! What is yielded goes up unchanged: it is the event loop's affair.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, ThreadId};
+
+use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
+use pyo3::prelude::*;
+use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
+use pyo3::{PyTraverseError, PyVisit, ffi, intern};
+
+use super::drive::{Advance, Drive};
+use super::env::{Env, Failure, Scope};
+use super::errors::TaskExecutionError;
+use super::table::Table;
+
+/// A cell for state that only the holder of the interpreter's lock touches.
+pub(super) struct GilCell<T>(RefCell<T>);
+
+// SAFETY: the content is reached through `with` alone, which asks for the `Python` token, so accesses of two threads are
+// ordered by the interpreter's lock (the module declares `gil_used = true`); two accesses of one thread are kept apart by
+// the RefCell.
+#[allow(unsafe_code, reason = "the reason stands above")]
+unsafe impl<T: Send> Sync for GilCell<T> {}
+
+impl<T> GilCell<T> {
+    pub(super) fn new(content: T) -> Self {
+        Self(RefCell::new(content))
+    }
+
+    /// Looks at or changes the content. `access` must not call Python, nor drop a Python object.
+    #[inline]
+    pub(super) fn with<R>(&self, _py: Python<'_>, access: impl FnOnce(&mut T) -> R) -> R {
+        access(&mut self.0.borrow_mut())
+    }
+
+    /// For the collector, which runs with the lock held and calls no Python.
+    pub(super) fn peek<R>(&self, access: impl FnOnce(&T) -> R) -> Option<R> {
+        self.0.try_borrow().ok().map(|content| access(&content))
+    }
+}
+
+/// What a coroutine is resumed with.
+pub(super) enum Input<'py> {
+    Send(Bound<'py, PyAny>),
+    Throw(PyErr),
+}
+
+impl<'py> Input<'py> {
+    pub(super) fn nothing(py: Python<'py>) -> Self {
+        Input::Send(py.None().into_bound(py))
+    }
+}
+
+/// What a coroutine did when it was resumed.
+pub(super) enum Step<'py> {
+    Yielded(Bound<'py, PyAny>),
+    Returned(Bound<'py, PyAny>),
+    Raised(PyErr),
+}
+
+/// Whether this is exactly a coroutine of an `async def`.
+#[inline]
+pub(super) fn is_coroutine(value: &Bound<'_, PyAny>) -> bool {
+    std::ptr::eq(value.get_type_ptr(), &raw const ffi::PyCoro_Type)
+}
+
+/// Resumes a coroutine, or the iterator of an awaitable.
+#[inline]
+pub(super) fn step<'py>(inner: &Bound<'py, PyAny>, input: Input<'py>) -> Step<'py> {
+    match input {
+        Input::Send(value) => {
+            // SAFETY: `PyIterator::send` is `PyIter_Send`, which takes any object that has `am_send`, `tp_iternext` or a
+            // `send` method, and raises for one that has none; the cast claims no more than that.
+            #[allow(unsafe_code, reason = "the reason stands above")]
+            let iterator = unsafe { inner.cast_unchecked::<PyIterator>() };
+            match iterator.send(&value) {
+                Ok(PySendResult::Next(value)) => Step::Yielded(value),
+                Ok(PySendResult::Return(value)) => Step::Returned(value),
+                Err(error) => Step::Raised(error),
+            }
+        }
+        Input::Throw(error) => throw(inner, error),
+    }
+}
+
+/// Throws into a coroutine; an iterator that has no `throw` just ends with the exception (PEP 380).
+fn throw<'py>(inner: &Bound<'py, PyAny>, error: PyErr) -> Step<'py> {
+    let py = inner.py();
+    let method = match inner.getattr_opt(intern!(py, "throw")) {
+        Ok(Some(method)) => method,
+        Ok(None) => return Step::Raised(error),
+        Err(problem) => return Step::Raised(problem),
+    };
+    match method.call1((error.into_value(py),)) {
+        Ok(value) => Step::Yielded(value),
+        Err(error) if error.is_instance_of::<PyStopIteration>(py) => {
+            match error.value(py).getattr(intern!(py, "value")) {
+                Ok(value) => Step::Returned(value),
+                Err(problem) => Step::Raised(problem),
+            }
+        }
+        Err(error) => Step::Raised(error),
+    }
+}
+
+/// Where a run is, for whoever looks at it from outside.
+#[derive(Default)]
+pub(super) struct Track {
+    pub(super) state: usize,
+    /// The newest states entered, oldest first.
+    pub(super) path: VecDeque<u32>,
+    pub(super) entered: u64,
+    /// Entries by state; empty where nobody asks.
+    pub(super) visits: Vec<u32>,
+    over: bool,
+}
+
+impl Track {
+    /// How many states of the path are kept.
+    const KEPT: usize = 256;
+
+    pub(super) fn enter(&mut self, state: usize, counted_states: usize) {
+        self.state = state;
+        self.entered += 1;
+        if self.path.len() == Self::KEPT {
+            self.path.pop_front();
+        }
+        self.path.push_back(state as u32);
+        if counted_states > 0 {
+            self.visits.resize(counted_states, 0);
+            self.visits[state] += 1;
+        }
+    }
+}
+
+/// One run of a workflow, or of one branch of a split.
+#[pyclass(frozen, weakref, module = "cano._core")]
+pub(super) struct Run {
+    pub(super) env: Py<Env>,
+    pub(super) track: GilCell<Track>,
+    /// Of a branch: where it was split off, and its index.
+    pub(super) scope: Option<(Arc<Scope>, usize)>,
+    drive: GilCell<Option<Box<Drive>>>,
+    owner: OnceLock<ThreadId>,
+}
+
+impl Run {
+    pub(super) fn with_drive(env: Py<Env>, state: usize, drive: Drive, scope: Option<(Arc<Scope>, usize)>) -> Self {
+        Self {
+            env,
+            track: GilCell::new(Track { state, ..Track::default() }),
+            scope,
+            drive: GilCell::new(Some(Box::new(drive))),
+            owner: OnceLock::new(),
+        }
+    }
+
+    /// The drive, if the run is suspended; refused on a foreign thread.
+    fn take(&self, py: Python<'_>) -> PyResult<Option<Box<Drive>>> {
+        if *self.owner.get_or_init(|| thread::current().id()) != thread::current().id() {
+            return Err(PyRuntimeError::new_err(
+                "a run belongs to the thread that started it; use loop.call_soon_threadsafe()",
+            ));
+        }
+        Ok(self.drive.with(py, Option::take))
+    }
+
+    fn put(&self, py: Python<'_>, drive: Box<Drive>) {
+        self.drive.with(py, |cell| *cell = Some(drive));
+    }
+
+    /// The note for a failure in the present state, outside any attempt.
+    fn failure(&self, py: Python<'_>) -> Failure<'static> {
+        Failure {
+            state: self.track.with(py, |track| track.state),
+            task: None,
+            attempt: 0,
+            max_attempts: 0,
+            branch: self.scope.as_ref().map(|(_, branch)| *branch),
+        }
+    }
+
+    /// A copy of the path, newest last, and how many states were entered in all.
+    pub(super) fn path_copy(&self, py: Python<'_>) -> (Vec<u32>, u64) {
+        let own = self.track.with(py, |track| (track.path.iter().copied().collect::<Vec<u32>>(), track.entered));
+        match &self.scope {
+            Some((scope, _)) if own.1 == 0 => (scope.path.to_vec(), scope.entered),
+            _ => own,
+        }
+    }
+
+    pub(super) fn annotate(&self, py: Python<'_>, failure: &Failure<'_>, error: PyErr) -> PyErr {
+        let (path, entered) = self.path_copy(py);
+        failure.annotate(py, self.env.get(), path.into_iter(), entered, error)
+    }
+
+    fn resume<'py>(slf: &Bound<'py, Self>, input: Input<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let (py, run) = (slf.py(), slf.get());
+        let Some(mut drive) = run.take(py)? else {
+            return Err(match input {
+                Input::Throw(error) => error,
+                Input::Send(_) if run.track.with(py, |track| track.over) => {
+                    PyRuntimeError::new_err("a run can be awaited only once")
+                }
+                Input::Send(_) => PyRuntimeError::new_err("the run is already being awaited"),
+            });
+        };
+        let advance = catch_unwind(AssertUnwindSafe(|| drive.advance(slf, input)));
+        let outcome = match advance {
+            Ok(Ok(Advance::Suspended(value))) => {
+                run.put(py, drive);
+                return Ok(value);
+            }
+            Ok(Ok(Advance::Finished(value))) => PyStopIteration::new_err((value.unbind(),)),
+            Ok(Err(error)) => error,
+            Err(panic) => {
+                let text = panic
+                    .downcast_ref::<&str>()
+                    .map(|text| (*text).to_owned())
+                    .or_else(|| panic.downcast_ref::<String>().cloned())
+                    .unwrap_or_else(|| "no text".to_owned());
+                let text = format!("panic: {text} (a bug in cano, please report it)");
+                run.annotate(py, &run.failure(py), TaskExecutionError::new_err(text))
+            }
+        };
+        run.track.with(py, |track| track.over = true);
+        drive.stop(py);
+        Err(outcome)
+    }
+}
+
+#[pymethods]
+impl Run {
+    #[new]
+    #[pyo3(signature = (table, state, resources, workflow_id, timeout, /))]
+    fn new(
+        py: Python<'_>,
+        table: Py<Table>,
+        state: &Bound<'_, PyAny>,
+        resources: Py<PyAny>,
+        workflow_id: Option<Py<PyString>>,
+        timeout: Option<f64>,
+    ) -> PyResult<Self> {
+        let state = table.get().initial(state)?;
+        let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout)?)?;
+        Ok(Self::with_drive(env, state, Drive::machine(state, None), None))
+    }
+
+    fn __await__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __iter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Self::resume(slf, Input::nothing(slf.py()))
+    }
+
+    fn send<'py>(slf: &Bound<'py, Self>, value: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        Self::resume(slf, Input::Send(value))
+    }
+
+    /// Also in its three-argument form, which CPython before 3.12 uses.
+    #[pyo3(signature = (kind, value=None, traceback=None, /))]
+    fn throw<'py>(
+        slf: &Bound<'py, Self>,
+        kind: Bound<'py, PyAny>,
+        value: Option<Bound<'py, PyAny>>,
+        traceback: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let error = match value {
+            Some(value) if value.is_instance(&kind)? => value,
+            Some(value) => kind.call1((value,))?,
+            None if kind.is_callable() && kind.is_instance_of::<pyo3::types::PyType>() => kind.call0()?,
+            None => kind,
+        };
+        if let Some(traceback) = traceback {
+            error.setattr(intern!(py, "__traceback__"), traceback)?;
+        }
+        Self::resume(slf, Input::Throw(PyErr::from_value(error)))
+    }
+
+    /// Ends the run without another step: what it runs is closed, its branches are cancelled.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        if let Some(mut drive) = self.take(py)? {
+            self.track.with(py, |track| track.over = true);
+            let closed = drive.close(py);
+            drive.stop(py);
+            closed?;
+        }
+        Ok(())
+    }
+
+    /// The event loop's timer calls this.
+    fn _fire(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, run) = (slf.py(), slf.get());
+        let Some(mut drive) = run.take(py)? else {
+            return Ok(());
+        };
+        let host = drive.timer_fired(slf);
+        run.put(py, drive);
+        if let Some(host) = host? {
+            host.bind(py).call_method0(intern!(py, "cancel"))?;
+        }
+        Ok(())
+    }
+
+    #[getter]
+    fn state(&self, py: Python<'_>) -> Py<PyAny> {
+        let state = self.track.with(py, |track| track.state);
+        self.env.get().state(py, state).clone().unbind()
+    }
+
+    #[getter]
+    fn path<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let (path, _) = self.path_copy(py);
+        self.env.get().path(py, path.into_iter())
+    }
+
+    #[getter]
+    fn id(&self, py: Python<'_>) -> PyResult<Py<PyString>> {
+        match &self.env.get().workflow_id {
+            Some(id) => Ok(id.clone_ref(py)),
+            None => self.env.get().run_id(py),
+        }
+    }
+
+    #[getter]
+    fn resources(&self, py: Python<'_>) -> Py<PyAny> {
+        self.env.get().resources.clone_ref(py)
+    }
+
+    /// When the budget of the whole run ends, in the loop's time; None without one.
+    #[getter]
+    fn deadline(&self) -> Option<f64> {
+        self.env.get().budget.map(|budget| budget.deadline)
+    }
+
+    /// `WorkflowTimeoutError` for a budget that ended outside the state loop.
+    fn timed_out(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let env = self.env.get();
+        let budget = env.budget.ok_or_else(|| PyRuntimeError::new_err("the run has no budget"))?;
+        let error = env.timed_out(py, budget);
+        Ok(self.annotate(py, &self.failure(py), error).into_value(py).into_any())
+    }
+
+    /// The `ErrorContext` of where the run is.
+    fn context<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let (path, entered) = self.path_copy(py);
+        self.failure(py).context(py, self.env.get(), path.into_iter(), entered)
+    }
+
+    #[getter]
+    fn cr_await(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.drive.with(py, |drive| drive.as_ref().and_then(|drive| drive.awaiting(py)))
+    }
+
+    #[getter]
+    fn cr_running(&self, py: Python<'_>) -> bool {
+        !self.track.with(py, |track| track.over) && self.drive.with(py, |drive| drive.is_none())
+    }
+
+    #[getter]
+    fn cr_frame(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        self.of_inner(py, "cr_frame")
+    }
+
+    #[getter]
+    fn cr_code(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        self.of_inner(py, "cr_code")
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let (state, entered, over) = self.track.with(py, |track| (track.state, track.entered, track.over));
+        let label = self.env.get().label(py, state).to_cow()?;
+        let over = if over { " over" } else { "" };
+        Ok(format!("<Run state={label} entered={entered}{over}>"))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.env)?;
+        self.drive.peek(|drive| drive.as_ref().map_or(Ok(()), |drive| drive.traverse(&visit))).unwrap_or(Ok(()))
+    }
+
+    fn __clear__(&self) {
+        let drive = self.drive.0.try_borrow_mut().ok().and_then(|mut cell| cell.take());
+        drop(drive);
+    }
+}
+
+impl Run {
+    fn of_inner(&self, py: Python<'_>, name: &str) -> PyResult<Option<Py<PyAny>>> {
+        match self.cr_await(py) {
+            Some(inner) => Ok(inner.bind(py).getattr_opt(name)?.map(Bound::unbind)),
+            None => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! The frozen form of a workflow: states by identity, everything about a state by index.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple, PyType};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::core::graph::{self, Next, Node, Target};
+use crate::core::join::JoinStrategy;
+
+use super::convert::is_hashable;
+use super::definition::{PyJoinStrategy, TaskSpec};
+use super::errors::{ConfigurationError, configuration, show};
+
+/// State object -> dense index.
+///
+/// A hit on the address is always right: the table keeps its keys alive, so an equal address is the same object. A miss
+/// asks the dict by hash and `==`; its answer is not remembered by address, because that object may die and its address be
+/// used again.
+struct Index {
+    /// (address, index + 1); address 0 is free. A power of two, at most half full.
+    slots: Box<[(usize, u32)]>,
+    by_value: Py<PyDict>,
+}
+
+impl Index {
+    fn new(py: Python<'_>, keys: &[Py<PyAny>]) -> PyResult<Self> {
+        let by_value = PyDict::new(py);
+        let mut slots = vec![(0, 0); (keys.len() * 2).next_power_of_two().max(8)].into_boxed_slice();
+        for (index, key) in keys.iter().enumerate() {
+            by_value.set_item(key, index)?;
+            let mut at = Self::start(key.as_ptr() as usize, slots.len());
+            while slots[at].0 != 0 {
+                at = (at + 1) & (slots.len() - 1);
+            }
+            slots[at] = (key.as_ptr() as usize, index as u32);
+        }
+        Ok(Self { slots, by_value: by_value.unbind() })
+    }
+
+    /// Objects are 16-byte aligned; folding the higher bits in keeps members of one arena apart.
+    fn start(address: usize, slots: usize) -> usize {
+        let folded = address >> 4;
+        (folded ^ (folded >> 9)) & (slots - 1)
+    }
+
+    #[inline]
+    fn by_identity(&self, key: &Bound<'_, PyAny>) -> Option<usize> {
+        let address = key.as_ptr() as usize;
+        let mut at = Self::start(address, self.slots.len());
+        loop {
+            let (found, index) = self.slots[at];
+            if found == address {
+                return Some(index as usize);
+            }
+            if found == 0 {
+                return None;
+            }
+            at = (at + 1) & (self.slots.len() - 1);
+        }
+    }
+
+    /// By hash and `==`; raises what the key's own methods raise.
+    fn by_value(&self, key: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+        match self.by_value.bind(key.py()).get_item(key)? {
+            Some(index) => Ok(Some(index.extract()?)),
+            None => Ok(None),
+        }
+    }
+}
+
+/// How the branches of a split are joined.
+pub(super) struct JoinSpec {
+    pub(super) strategy: JoinStrategy,
+    pub(super) next: usize,
+    pub(super) timeout: Option<f64>,
+    pub(super) bulkhead: Option<usize>,
+    pub(super) fail_fast: bool,
+}
+
+/// What happens in a state.
+pub(super) enum Kind {
+    Exit,
+    /// One task; with a join, it may return `TaskResult.Split`.
+    Task {
+        task: Py<TaskSpec>,
+        fork: Option<JoinSpec>,
+    },
+    /// A fixed list of branches.
+    Split {
+        branches: Py<PyTuple>,
+        join: JoinSpec,
+    },
+    /// A task that makes the list of branches when the state is entered.
+    Factory {
+        task: Py<TaskSpec>,
+        join: JoinSpec,
+    },
+}
+
+pub(super) struct State {
+    pub(super) key: Py<PyAny>,
+    pub(super) label: Py<PyString>,
+    pub(super) kind: Kind,
+    /// Indices of the states that the task declared to return; None where it declared nothing.
+    pub(super) declared: Option<Box<[usize]>>,
+}
+
+/// A frozen workflow.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Table {
+    index: Index,
+    pub(super) states: Box<[State]>,
+    /// Whether some task asks for a `RunContext`, so that visits must be counted.
+    pub(super) counts_visits: bool,
+    /// Turns what a split factory returned into a tuple of `TaskSpec`.
+    pub(super) prepare: Py<PyAny>,
+    /// `async def drive(run): return await run`, so that a task always runs a real coroutine.
+    pub(super) drive: Py<PyAny>,
+    pub(super) single: Py<PyType>,
+    pub(super) split: Py<PyType>,
+}
+
+/// A state as the Python face hands it over.
+#[derive(FromPyObject)]
+struct Entry<'py>(
+    Bound<'py, PyAny>,         // the state
+    Bound<'py, PyString>,      // its label
+    Bound<'py, PyAny>,         // TaskSpec, tuple of TaskSpec, or None for an exit
+    Option<Bound<'py, PyAny>>, // JoinConfig
+);
+
+/// Collects what is wrong with a definition while its parts are converted.
+struct Checked<'a> {
+    index: &'a Index,
+    problems: Vec<String>,
+}
+
+impl Checked<'_> {
+    fn join(&mut self, config: &Bound<'_, PyAny>, label: &str) -> PyResult<Option<JoinSpec>> {
+        let py = config.py();
+        let next = config.getattr(intern!(py, "next_state"))?;
+        let Some(target) = self.index.by_value(&next)? else {
+            self.problems.push(format!(
+                "the split in state {label} joins into {}, which is neither registered nor an exit state",
+                super::errors::label(&next)?
+            ));
+            return Ok(None);
+        };
+        let strategy = config.getattr(intern!(py, "strategy"))?;
+        Ok(Some(JoinSpec {
+            strategy: strategy.cast::<PyJoinStrategy>()?.get().0,
+            next: target,
+            timeout: config.getattr(intern!(py, "timeout"))?.extract()?,
+            bulkhead: config.getattr(intern!(py, "bulkhead"))?.extract()?,
+            fail_fast: config.getattr(intern!(py, "fail_fast"))?.extract()?,
+        }))
+    }
+
+    fn strategy(&mut self, join: &JoinSpec, branches: Option<usize>, label: &str) {
+        // The number of branches of a factory or a fork is known only at run time: then only the timeout is looked at.
+        let total = branches.unwrap_or(usize::MAX);
+        if let Err(error) = join.strategy.check(total, join.timeout.is_some()) {
+            self.problems.push(format!("the split in state {label}: {error}"));
+        }
+    }
+
+    /// The states that a task's annotation declares: indices, and targets for the graph.
+    fn declared(&self, task: &TaskSpec, py: Python<'_>) -> PyResult<Option<(Box<[usize]>, Vec<Target>)>> {
+        let Some(declared) = &task.plan_ref().declared else {
+            return Ok(None);
+        };
+        let mut indices = Vec::new();
+        let mut targets = Vec::new();
+        for state in declared.bind(py) {
+            match self.index.by_value(&state)? {
+                Some(index) => {
+                    indices.push(index);
+                    targets.push(Target::State(index));
+                }
+                None => targets.push(Target::Missing(super::errors::label(&state)?.to_string())),
+            }
+        }
+        Ok(Some((indices.into_boxed_slice(), targets)))
+    }
+
+    fn state(&mut self, entry: Entry<'_>) -> PyResult<(Option<State>, Node)> {
+        let Entry(key, label, work, join) = entry;
+        let (py, name) = (key.py(), label.to_string());
+        let mut declared = None;
+        let mut next = Next::Undeclared;
+        let join_spec = match &join {
+            Some(config) => self.join(config, &name)?,
+            None => None,
+        };
+        let kind = if work.is_none() {
+            Some(Kind::Exit)
+        } else if let Ok(branches) = work.cast::<PyTuple>() {
+            join_spec.map(|join| {
+                self.strategy(&join, Some(branches.len()), &name);
+                next = Next::Declared(vec![Target::State(join.next)]);
+                Kind::Split { branches: branches.clone().unbind(), join }
+            })
+        } else if let Ok(factory) = work.cast::<Factory>() {
+            join_spec.map(|join| {
+                self.strategy(&join, None, &name);
+                next = Next::Declared(vec![Target::State(join.next)]);
+                Kind::Factory { task: factory.get().task.clone_ref(py), join }
+            })
+        } else {
+            let task = work.cast::<TaskSpec>()?;
+            if let Some(join) = &join_spec {
+                self.strategy(join, None, &name);
+            } else if let Some((indices, targets)) = self.declared(task.get(), py)? {
+                declared = Some(indices);
+                next = Next::Declared(targets);
+            }
+            let lost = join.is_some() && join_spec.is_none();
+            (!lost).then(|| Kind::Task { task: task.clone().unbind(), fork: join_spec })
+        };
+        let node = Node { label: name, exit: work.is_none(), next };
+        let state = kind.map(|kind| State { key: key.unbind(), label: label.unbind(), kind, declared });
+        Ok((state, node))
+    }
+}
+
+/// Marks the task of a `register_split` whose branches are made at run time.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Factory {
+    task: Py<TaskSpec>,
+}
+
+#[pymethods]
+impl Factory {
+    #[new]
+    fn new(task: Py<TaskSpec>) -> Self {
+        Self { task }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.task)
+    }
+}
+
+#[pymethods]
+impl Table {
+    /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None), registered states first.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        subject: &str,
+        entries: Vec<Entry<'_>>,
+        shims: (Py<PyAny>, Py<PyAny>, Py<PyType>, Py<PyType>),
+    ) -> PyResult<Self> {
+        let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
+        let index = Index::new(py, &keys)?;
+        let mut checked = Checked { index: &index, problems: Vec::new() };
+        let mut states = Vec::with_capacity(entries.len());
+        let mut nodes = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let (state, node) = checked.state(entry)?;
+            states.extend(state);
+            nodes.push(node);
+        }
+        let mut problems: Vec<String> =
+            graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
+        problems.append(&mut checked.problems);
+        problems.extend(joined_nowhere(py, &states));
+        if !problems.is_empty() {
+            return Err(configuration(py, subject, problems));
+        }
+        let counts_visits = states.iter().any(|state| state.wants_context(py));
+        let (prepare, drive, single, split) = shims;
+        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split })
+    }
+
+    /// Refuses a state in which no run can start.
+    fn check_initial(&self, state: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.initial(state).map(|_| ())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.index.by_value)?;
+        for state in &self.states {
+            visit.call(&state.key)?;
+            match &state.kind {
+                Kind::Exit => {}
+                Kind::Task { task, .. } | Kind::Factory { task, .. } => visit.call(task)?,
+                Kind::Split { branches, .. } => visit.call(branches)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Tasks that need a `SplitResult` although none can be there for them.
+fn joined_nowhere(py: Python<'_>, states: &[State]) -> Vec<String> {
+    let joined: Vec<usize> = states.iter().filter_map(|state| state.join().map(|join| join.next)).collect();
+    let mut problems = Vec::new();
+    for (index, state) in states.iter().enumerate() {
+        let label = state.label.bind(py);
+        match &state.kind {
+            Kind::Exit => {}
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => {
+                if task.get().plan_ref().needs_joined() && !joined.contains(&index) {
+                    problems.push(format!(
+                        "the task of state {label} takes a SplitResult, but no split joins into that state"
+                    ));
+                }
+            }
+            Kind::Split { branches, .. } => {
+                let needs = |branch: &Bound<'_, PyAny>| {
+                    branch.cast::<TaskSpec>().is_ok_and(|task| task.get().plan_ref().needs_joined())
+                };
+                if branches.bind(py).iter().any(|branch| needs(&branch)) {
+                    problems.push(format!(
+                        "a branch of the split in state {label} takes a SplitResult, which only the state that it joins into gets"
+                    ));
+                }
+            }
+        }
+    }
+    problems
+}
+
+impl State {
+    /// The task, where no attempt timeout has to be looked after.
+    #[inline]
+    pub(super) fn untimed_task(&self) -> Option<&TaskSpec> {
+        match &self.kind {
+            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() => Some(task.get()),
+            _ => None,
+        }
+    }
+
+    /// Whether the task's annotation allows this next state.
+    #[inline]
+    pub(super) fn may_lead_to(&self, next: usize) -> bool {
+        self.declared.as_ref().is_none_or(|declared| declared.contains(&next))
+    }
+
+    pub(super) fn join(&self) -> Option<&JoinSpec> {
+        match &self.kind {
+            Kind::Task { fork, .. } => fork.as_ref(),
+            Kind::Split { join, .. } | Kind::Factory { join, .. } => Some(join),
+            Kind::Exit => None,
+        }
+    }
+
+    fn wants_context(&self, py: Python<'_>) -> bool {
+        match &self.kind {
+            Kind::Exit => false,
+            Kind::Task { task, .. } => task.get().plan_ref().wants_context(),
+            // A fork's or a factory's branches may want one.
+            Kind::Factory { .. } => true,
+            Kind::Split { branches, .. } => branches
+                .bind(py)
+                .iter()
+                .any(|branch| branch.cast::<TaskSpec>().is_ok_and(|task| task.get().plan_ref().wants_context())),
+        }
+    }
+}
+
+impl Table {
+    #[inline]
+    pub(super) fn by_identity(&self, state: &Bound<'_, PyAny>) -> Option<usize> {
+        self.index.by_identity(state)
+    }
+
+    /// By identity, else by hash and `==`; a value that cannot be hashed is no state.
+    pub(super) fn find(&self, state: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+        match self.by_identity(state) {
+            Some(index) => Ok(Some(index)),
+            None if is_hashable(state)? => self.index.by_value(state),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether some state of this workflow is of exactly this type.
+    pub(super) fn has_state_of_type(&self, class: &Bound<'_, PyType>) -> bool {
+        self.states.iter().any(|state| state.key.bind(class.py()).get_type().is(class))
+    }
+
+    pub(super) fn initial(&self, state: &Bound<'_, PyAny>) -> PyResult<usize> {
+        if let Some(index) = self.find(state)? {
+            return Ok(index);
+        }
+        Err(ConfigurationError::new_err(format!(
+            "the initial state {} is neither registered nor an exit state",
+            show(state)?
+        )))
+    }
+}

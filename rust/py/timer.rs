@@ -1,0 +1,115 @@
+//! Deadlines of a run: one timer for all of them, armed at the first suspension that needs it.
+//!
+//! Code that does not suspend cannot be interrupted, so nothing is armed before the first suspension. The handle outlives
+//! the attempt that armed it: an attempt that ends early leaves it be, and when it fires early it is armed again for what is
+//! due then. Firing cancels the host task, as `asyncio.timeout` does; when the cancellation comes back out of the task it is
+//! taken back with `uncancel()` and becomes the timeout's own error, unless somebody else asked for a cancel as well.
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::asyncio::{Asyncio, disarm};
+use super::env::Env;
+use super::errors::CancelledError;
+
+/// Which limit passed.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Limit {
+    Attempt,
+    Run,
+}
+
+#[derive(Default)]
+pub(super) struct Timer {
+    handle: Option<Py<PyAny>>,
+    armed_for: f64,
+    /// The attempt's deadline in the loop's time; the run's is in `Env`.
+    pub(super) attempt_deadline: Option<f64>,
+    /// The task that drives the run, known once a timer was armed.
+    host: Option<Py<PyAny>>,
+    /// `host.cancelling()` when the present phase first suspended.
+    cancelling: i64,
+    fired: Option<Limit>,
+}
+
+impl Timer {
+    /// The earliest deadline that holds now.
+    fn due(&self, env: &Env) -> Option<f64> {
+        let run = env.budget.map(|budget| budget.deadline);
+        match (self.attempt_deadline, run) {
+            (Some(attempt), Some(run)) => Some(attempt.min(run)),
+            (attempt, run) => attempt.or(run),
+        }
+    }
+
+    /// The present phase suspends for the first time: sees to it that a timer is armed for its deadline.
+    pub(super) fn suspended(
+        &mut self,
+        py: Python<'_>,
+        env: &Env,
+        fire: impl FnOnce() -> PyResult<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let Some(due) = self.due(env) else {
+            return Ok(());
+        };
+        let host = match &self.host {
+            Some(host) => host.bind(py),
+            None => self.host.insert(Asyncio::of(py)?.host(py)?.unbind()).bind(py),
+        };
+        self.cancelling = host.call_method0(intern!(py, "cancelling"))?.extract()?;
+        if self.handle.is_some() && self.armed_for <= due {
+            return Ok(());
+        }
+        disarm(py, self.handle.take());
+        self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
+        self.armed_for = due;
+        Ok(())
+    }
+
+    /// The timer fired. Gives the task to cancel if a deadline has passed; arms itself again if it has not.
+    pub(super) fn fired(
+        &mut self,
+        py: Python<'_>,
+        env: &Env,
+        fire: impl FnOnce() -> PyResult<Py<PyAny>>,
+    ) -> PyResult<Option<Py<PyAny>>> {
+        self.handle = None;
+        let Some(due) = self.due(env) else {
+            return Ok(None);
+        };
+        let now = env.now(py)?;
+        if now < due {
+            self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
+            self.armed_for = due;
+            return Ok(None);
+        }
+        let run_is_over = env.budget.is_some_and(|budget| now >= budget.deadline);
+        self.fired = Some(if run_is_over { Limit::Run } else { Limit::Attempt });
+        Ok(self.host.as_ref().map(|host| host.clone_ref(py)))
+    }
+
+    /// A phase ended, with `error` or well: takes a cancel of ours back, and tells which limit the error stands for.
+    ///
+    /// A task that swallowed the cancellation keeps its result; the run's budget is looked at again before the next attempt.
+    pub(super) fn settle(&mut self, py: Python<'_>, error: Option<&PyErr>) -> PyResult<Option<Limit>> {
+        self.attempt_deadline = None;
+        let (Some(limit), Some(host)) = (self.fired.take(), &self.host) else {
+            return Ok(None);
+        };
+        let left: i64 = host.bind(py).call_method0(intern!(py, "uncancel"))?.extract()?;
+        let ours = left <= self.cancelling && error.is_some_and(|error| error.is_instance_of::<CancelledError>(py));
+        Ok(ours.then_some(limit))
+    }
+
+    /// The run ended: nothing of it may fire any more.
+    pub(super) fn stop(&mut self, py: Python<'_>) {
+        disarm(py, self.handle.take());
+        self.host = None;
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.handle)?;
+        visit.call(&self.host)
+    }
+}
