@@ -6,11 +6,9 @@ Run it: python examples/bulkhead.py
 import asyncio
 from dataclasses import dataclass
 from enum import Enum, auto
-from time import monotonic
+from typing import Annotated
 
-from cano import JoinConfig, JoinStrategy, Workflow
-
-START = monotonic()
+from cano import JoinConfig, JoinStrategy, Res, Workflow
 
 
 class State(Enum):
@@ -22,25 +20,27 @@ class State(Enum):
 class Job:
     number: int
 
-    async def run(self) -> None:
-        begin = monotonic() - START
+    async def run(self, start: Annotated[float, Res("start")]) -> None:
+        loop = asyncio.get_running_loop()
+        begin = loop.time() - start
         await asyncio.sleep(0.2)
-        end = monotonic() - START
+        end = loop.time() - start
         print(f"job {self.number}  {begin:.1f} s to {end:.1f} s  {' ' * round(20 * begin)}####")
 
 
-def main() -> None:
+async def run_jobs() -> None:
+    jobs = [Job(number) for number in range(1, 9)]
     workflow = (
         Workflow[State]()
-        .register_split(
-            State.WORK,
-            [Job(number) for number in range(1, 9)],
-            JoinConfig(JoinStrategy.All, State.DONE, bulkhead=2),
-        )
+        .register_split(State.WORK, jobs, JoinConfig(JoinStrategy.All, State.DONE, bulkhead=2))
         .add_exit_state(State.DONE)
     )
+    start = asyncio.get_running_loop().time()
+    print(await workflow.orchestrate(State.WORK, resources={"start": start}))
 
-    print(asyncio.run(workflow.orchestrate(State.WORK)))
+
+def main() -> None:
+    asyncio.run(run_jobs())
 
 
 if __name__ == "__main__":

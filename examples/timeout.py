@@ -17,35 +17,33 @@ class State(Enum):
 
 
 async def fetch(context: RunContext) -> Literal[State.STORE]:
-    """Get faster with every attempt: 0.4 s, 0.2 s, 0.13 s."""
-    delay = 0.4 / context.attempt
-    print(f"  fetch, attempt {context.attempt}: takes {delay:.2f} s, may take 0.15 s")
+    delay = 1.0 if context.attempt < 3 else 0.05
+    print(f"  fetch, attempt {context.attempt}: would take {delay} s, may take 0.2 s")
     await asyncio.sleep(delay)
     return State.STORE
 
 
 async def store(context: RunContext) -> Literal[State.DONE]:
-    print(f"  store: {context.remaining():.1f} s left of the run")
-    await asyncio.sleep(0.3)
+    print(f"  store: takes 0.5 s, {context.remaining():.1f} s are left of the run")
+    await asyncio.sleep(0.5)
     return State.DONE
 
 
 async def run_both() -> None:
     workflow = (
         Workflow[State]()
-        .register(State.FETCH, fetch, config=TaskConfig().with_fixed_retry(3, 0.05).with_attempt_timeout(0.15))
+        .register(State.FETCH, fetch, config=TaskConfig().with_fixed_retry(3, 0.05).with_attempt_timeout(0.2))
         .register(State.STORE, store)
         .add_exit_state(State.DONE)
         .with_timeout(2)
     )
-    print("a run of up to 2 s:")
+    print("a run that may take 2 s:")
     print(f"  {await workflow.orchestrate(State.FETCH)}")
-    print("the same, of up to 0.6 s:")
+    print("the same, but it may take 0.8 s:")
     try:
-        await workflow.orchestrate(State.FETCH, timeout=0.6)
+        await workflow.orchestrate(State.FETCH, timeout=0.8)
     except WorkflowTimeoutError as error:
-        print(f"  {error}")
-        print(f"  it was in state {error.state}, after {error.elapsed:.1f} s")
+        print(f"  {type(error).__name__} in {error.state}: {error}")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """The loop that async tests run on, and the rule that a test leaves nothing behind.
 
-``--loop=virtual`` (the default) runs each async test on its own `cano.testing.VirtualClockLoop`, ``debug`` the same in asyncio's
-debug mode, ``asyncio`` and ``uvloop`` on those loops in real time. Two marks: ``virtual`` needs the virtual clock and is skipped
-on the last two; ``realtime`` uses real time or real sockets and never runs on the virtual clock. Plain tests that call
-`cano.testing.run` are on the virtual clock whatever the option says.
+``--loop=virtual`` (the default) runs each async test on its own `cano.testing.VirtualClockLoop`, ``debug`` the same in
+asyncio's debug mode, ``asyncio`` and ``uvloop`` on those loops in real time. Two marks: ``virtual`` needs the virtual
+clock and is skipped on the last two; ``realtime`` uses real time or real sockets and never runs on the virtual clock.
+Plain tests that call `cano.testing.run` are on the virtual clock whatever the option says.
 
 A test fails that leaves a task, a pending timer, a thread, or an error that asyncio had to report because nobody took it.
 """
@@ -25,7 +25,6 @@ from cano.testing._leaks import ENGINE_THREADS, alive, describe, expect_none, st
 pytest_plugins = ("pytester",)
 
 _LOOP = pytest.StashKey[asyncio.AbstractEventLoop]()
-_DEBUG = "PYTHONASYNCIODEBUG"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--loop") == "debug":
         config.option.asyncio_debug = True  # for the loops of pytest-asyncio
         patch = pytest.MonkeyPatch()
-        patch.setenv(_DEBUG, "1")  # for every other loop
+        patch.setenv("PYTHONASYNCIODEBUG", "1")  # for every other loop
         config.add_cleanup(patch.undo)
 
 
@@ -104,8 +103,8 @@ class _Reports(logging.Handler):
 def asyncio_reports() -> Iterator[list[str]]:
     """The errors that asyncio reported because nobody took them; a test that expects some must clear the list.
 
-    As an autouse fixture it comes before the loop and goes after it, so it sees what is reported when the loop closes, and fails
-    the test for that and for threads that are left.
+    As an autouse fixture it comes before the loop and goes after it, so it sees what is reported when the loop closes,
+    and fails the test for that and for threads that are left.
     """
     threads = threading.enumerate()
     reports = _Reports()

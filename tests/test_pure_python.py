@@ -2,7 +2,9 @@
 
 import asyncio
 import contextvars
+import gc
 import time
+import weakref
 from enum import Enum, auto
 from functools import partial
 
@@ -202,6 +204,44 @@ async def test_error_of_a_task_leaves_unchanged():
     assert caught.value is error
     assert (error.__cano__.state, error.__cano__.path, error.__cano__.attempt) == (S.WORK, (S.START, S.WORK), 1)
     assert error.__context__ is None
+
+
+class Traced(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        one_task(lambda: value(Traced())()),
+        one_task(lambda: value(Traced())(), config=TaskConfig(retry=NO_DELAY, attempt_timeout=1)),
+        split([lambda: value(Traced())()] * 3).register(S.JOINED, go(S.DONE)),
+    ],
+    ids=["task", "retry", "split"],
+)
+async def test_errors_are_freed_at_once(workflow):
+    """No reference cycle keeps an error, and the frames of its traceback, until the collector runs."""
+    known = []
+
+    async def main():
+        try:
+            await workflow.orchestrate(S.START)
+        except Exception as error:
+            own = [*getattr(error, "exceptions", ()), error.__cause__, error]
+            known.extend(weakref.ref(one) for one in own if one is not None)
+            del own
+
+    gc.collect()
+    gc.disable()
+    try:
+        await asyncio.create_task(main())
+        await asyncio.sleep(0)
+        left = [one() for one in known]
+    finally:
+        gc.enable()
+
+    assert known
+    assert left == [None] * len(known)
 
 
 async def test_path_keeps_the_newest_256_states():
@@ -512,17 +552,22 @@ async def test_budget_is_noticed_without_a_suspension(config):
     assert len(calls) == 1
 
 
-async def test_budget_survives_a_swallowed_cancellation():
-    """A task that swallows the cancellation finishes, but no other state starts."""
+@pytest.mark.parametrize("config", [None, TaskConfig(retry=RetryMode.fixed(1, 50 * TICK))], ids=["state", "back-off"])
+async def test_budget_survives_a_swallowed_cancellation(config):
+    """A task that swallows the cancellation finishes, but no other state and no back-off starts."""
 
     async def stubborn():
         try:
             await asyncio.sleep(1)
         except asyncio.CancelledError:
+            if config:
+                raise OSError from None
             return S.WORK
 
-    with pytest.raises(WorkflowTimeoutError):
-        await one_task(stubborn).register(S.WORK, pytest.fail).orchestrate(S.START, timeout=TICK)
+    with pytest.raises(WorkflowTimeoutError) as caught:
+        await one_task(stubborn, config=config).register(S.WORK, pytest.fail).orchestrate(S.START, timeout=TICK)
+
+    assert caught.value.elapsed < 50 * TICK
 
 
 async def test_budget_of_a_nested_run_is_a_failure_of_the_task():

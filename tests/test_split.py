@@ -1,6 +1,7 @@
 """Splits: who decides, what is cancelled and awaited, what the joined state gets, and what is left behind (nothing)."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -49,7 +50,14 @@ STEP = 0.01
 FOREVER = 3600.0
 
 ALL, ANY, PARTIAL_TIMEOUT = JoinStrategy.All, JoinStrategy.Any, JoinStrategy.PartialTimeout
-ONE_OF_EACH = [ALL, ANY, JoinStrategy.Quorum(2), JoinStrategy.Percentage(0.5), JoinStrategy.PartialResults(2), PARTIAL_TIMEOUT]
+ONE_OF_EACH = [
+    ALL,
+    ANY,
+    JoinStrategy.Quorum(2),
+    JoinStrategy.Percentage(0.5),
+    JoinStrategy.PartialResults(2),
+    PARTIAL_TIMEOUT,
+]
 ALL_BUT_ALL = ONE_OF_EACH[1:]
 
 each_strategy = pytest.mark.parametrize("strategy", ONE_OF_EACH, ids=repr)
@@ -142,6 +150,10 @@ def shape(result: SplitResult | None) -> Shape:
     """The indices of the successes, the errors and the cancelled branches."""
     assert result is not None
     return [one.index for one in result.successes], [one.index for one in result.errors], result.cancelled
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))  # noqa: S301 - just made
 
 
 def now() -> float:
@@ -700,7 +712,11 @@ async def test_current_task_of_branches() -> None:
 
     async def run() -> None:
         seen = {asyncio.current_task()}
-        for wait in (lambda: asyncio.sleep(0), lambda: asyncio.sleep(STEP), lambda: asyncio.wait_for(asyncio.sleep(0), 1)):
+        for wait in (
+            lambda: asyncio.sleep(0),
+            lambda: asyncio.sleep(STEP),
+            lambda: asyncio.wait_for(asyncio.sleep(0), 1),
+        ):
             await wait()
             seen.add(asyncio.current_task())
         tasks.append(seen)
@@ -768,6 +784,14 @@ class Later:
         return "value"
 
 
+def gives_coroutine() -> Coroutine[Any, Any, str]:
+    return as_coroutine()
+
+
+def gives_awaitable() -> Later:
+    return Later()
+
+
 @pytest.mark.parametrize(
     "task",
     [
@@ -778,8 +802,8 @@ class Later:
         pytest.param(WithRunBare(), id="object with run_bare"),
         pytest.param(WithCall(), id="callable object"),
         pytest.param(WithRun().plain, id="bound method"),
-        pytest.param(lambda: as_coroutine(), id="function that gives a coroutine"),
-        pytest.param(lambda: Later(), id="function that gives an awaitable"),
+        pytest.param(gives_coroutine, id="function that gives a coroutine"),
+        pytest.param(gives_awaitable, id="function that gives an awaitable"),
     ],
 )
 async def test_kinds_of_branches(task: Any) -> None:
@@ -983,9 +1007,17 @@ def by_list() -> list[object]:
     return [branch(index) for index in range(3)]
 
 
+def by_width(width: int) -> list[object]:
+    return by_list()[:width]
+
+
 async def by_coroutine() -> list[object]:
     await asyncio.sleep(0)
     return by_list()
+
+
+def by_given_coroutine() -> Coroutine[Any, Any, list[object]]:
+    return by_coroutine()
 
 
 def by_resources(resources: Resources) -> list[object]:
@@ -995,11 +1027,6 @@ def by_resources(resources: Resources) -> list[object]:
 async def by_injection(width: Annotated[int, Res("width")], context: RunContext) -> tuple[object, ...]:
     assert (context.state, context.branch) == (S.SPLIT, None)
     return tuple(by_list()[:width])
-
-
-class ByObject:
-    async def run(self) -> list[object]:
-        return by_list()
 
 
 class ByCall:
@@ -1018,11 +1045,9 @@ class ByCall:
         pytest.param(by_generator_function, id="generator function"),
         pytest.param(lambda: {branch(index): None for index in range(3)}, id="dict"),
         pytest.param(lambda: map(branch, range(3)), id="map"),
-        pytest.param(functools.partial(plan, "s1 s1 s1"), id="partial", marks=pytest.mark.xfail(strict=False, reason="*"))
-        if False
-        else pytest.param(functools.partial(by_list), id="partial"),
+        pytest.param(functools.partial(by_width, 3), id="partial"),
         pytest.param(ByCall(), id="callable object"),
-        pytest.param(lambda: by_coroutine(), id="function that gives a coroutine"),
+        pytest.param(by_given_coroutine, id="function that gives a coroutine"),
     ],
 )
 async def test_factory(factory: Any) -> None:
@@ -1043,3 +1068,1408 @@ def collector(results: list[SplitResult]) -> Callable[[SplitResult], S]:
         return S.END
 
     return joined
+
+
+async def test_factory_is_asked_at_each_entry() -> None:
+    """Each entry into the state makes its branches anew, as many as there are by then."""
+    results: list[SplitResult] = []
+    widths = iter([1, 3, 2])
+
+    def joined(result: SplitResult) -> S:
+        results.append(result)
+        return S.SPLIT if len(results) < 3 else S.END
+
+    workflow = split_into(lambda: plan("s1 s1 s1")[: next(widths)], ALL, joined)
+
+    await workflow.orchestrate(S.SPLIT)
+
+    assert [result.total_count for result in results] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("made", [[], (), {}], ids=["list", "tuple", "dict"])
+async def test_empty_factory(made: object) -> None:
+    """All joins an empty run-time list at once, with an empty result."""
+    result = await join(lambda: made)
+
+    # SP-019
+    assert shape(result) == ([], [], [])
+    assert (result.completed_count, result.total_count, result.values()) == (0, 0, [])
+
+
+@pytest.mark.parametrize("strategy", ALL_BUT_ALL, ids=repr)
+async def test_empty_factory_refused(strategy: JoinStrategy) -> None:
+    """Every strategy but All refuses an empty run-time list on entry."""
+    with pytest.raises(ConfigurationError) as caught:
+        await join(lambda: (), strategy, timeout=1)
+
+    # SP-020, JN-002
+    assert "at least one branch" in str(caught.value)
+    assert caught.value.state is S.SPLIT
+
+
+@pytest.mark.parametrize("strategy", [JoinStrategy.Quorum(3), JoinStrategy.PartialResults(3)], ids=repr)
+async def test_factory_with_too_few_branches(strategy: JoinStrategy) -> None:
+    """A strategy that a run-time list is too short for is refused on entry, before any branch runs."""
+    log: Log = []
+
+    with pytest.raises(ConfigurationError, match="cannot be reached"):
+        await join(lambda: plan("s1 s1", log), strategy)
+
+    # B45
+    assert log == []
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        pytest.param(lambda: [branch(0), 42], "42", id="number"),
+        pytest.param(lambda: [branch(0), None], "None", id="None"),
+        pytest.param(lambda: [branch(0), WithRun], "register an instance", id="class"),
+        pytest.param(lambda: [branch(0), as_coroutine()], "without calling it", id="coroutine"),
+        pytest.param(lambda: [branch(0), lambda a, b: a + b], "no annotation", id="parameters"),
+        pytest.param(lambda: None, "iterable of tasks", id="no list"),
+        pytest.param(lambda: "ab", "iterable of tasks", id="text"),
+        pytest.param(lambda: branch(0), "iterable of tasks", id="task"),
+    ],
+)
+async def test_factory_with_something_else(made: Callable[[], object], text: str) -> None:
+    """A run-time list with something that is no task is refused as a whole: no branch runs."""
+    with pytest.raises(ConfigurationError) as caught:
+        await join(made)
+
+    assert text in str(caught.value)
+    assert caught.value.state is S.SPLIT
+
+
+async def test_factory_that_raises() -> None:
+    """What a factory raises leaves the run unchanged, with the state in its note."""
+    failure = Oops("no list")
+
+    def factory() -> list[object]:
+        raise failure
+
+    with pytest.raises(Oops) as caught:
+        await join(factory)
+
+    assert caught.value is failure
+    assert "state=SPLIT" in failure.__notes__[0]
+
+
+async def test_factory_whose_list_raises() -> None:
+    """What iterating over a run-time list raises leaves the run unchanged, and no branch runs."""
+    log: Log = []
+
+    def factory() -> Iterator[object]:
+        def made() -> Iterator[object]:
+            yield branch(0, "s1", log)
+            raise Oops
+
+        return made()
+
+    with pytest.raises(Oops):
+        await join(factory)
+
+    assert log == []
+
+
+@pytest.mark.virtual
+async def test_timeout_does_not_count_the_factory() -> None:
+    """The timeout of a split counts from its branches, not from the factory that makes them."""
+
+    async def factory() -> list[object]:
+        await asyncio.sleep(10)
+        return plan("n")
+
+    await join_error(factory, ALL, timeout=1)
+
+    assert now() == 11
+
+
+# What is refused
+
+
+def refused(call: Callable[[], object]) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        pytest.param(
+            lambda: JoinStrategy.Quorum(0), "n in Quorum(n) must be at least 1, got 0", id="Quorum(0)"
+        ),  # SP-021
+        pytest.param(lambda: JoinStrategy.Quorum(-1), "got -1", id="Quorum(-1)"),
+        pytest.param(lambda: JoinStrategy.Quorum(n=True), "int", id="Quorum(True)"),
+        pytest.param(lambda: JoinStrategy.Quorum(1.0), "int", id="Quorum(1.0)"),
+        pytest.param(lambda: JoinStrategy.Quorum(2**70), "64 bits", id="Quorum(2**70)"),
+        pytest.param(lambda: JoinStrategy.PartialResults(0), "at least 1, got 0", id="PartialResults(0)"),  # JN-006
+        pytest.param(lambda: JoinStrategy.Percentage(0), "above 0", id="Percentage(0)"),  # WF-009
+        pytest.param(lambda: JoinStrategy.Percentage(1.5), "1.5", id="Percentage(1.5)"),
+        pytest.param(lambda: JoinStrategy.Percentage(-0.1), "-0.1", id="Percentage(-0.1)"),
+        pytest.param(lambda: JoinStrategy.Percentage(float("nan")), "NaN", id="Percentage(nan)"),
+        pytest.param(lambda: JoinStrategy.Percentage("0.5"), "number", id="Percentage('0.5')"),
+        pytest.param(lambda: JoinStrategy.Percentage(p=True), "number", id="Percentage(True)"),
+    ],
+)
+def test_strategy_refused(make: Callable[[], object], text: str) -> None:
+    """A strategy whose number is out of range or of the wrong type cannot be made."""
+    # SP-022
+    assert text in refused(make)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        pytest.param({"bulkhead": 0}, "bulkhead must be an int of at least 1, got 0", id="bulkhead 0"),  # WF-010
+        pytest.param({"bulkhead": -1}, "-1", id="bulkhead -1"),
+        pytest.param({"bulkhead": True}, "True", id="bulkhead True"),
+        pytest.param({"bulkhead": 2.0}, "2.0", id="bulkhead 2.0"),
+        pytest.param({"timeout": -1}, "-1", id="timeout -1"),
+        pytest.param({"timeout": True}, "True", id="timeout True"),
+        pytest.param({"timeout": float("nan")}, "NaN", id="timeout nan"),
+        pytest.param({"timeout": float("inf")}, "inf", id="timeout inf"),
+        pytest.param({"timeout": "1"}, "'1'", id="timeout text"),
+        pytest.param({"timeout": timedelta(seconds=-1)}, "-1", id="timeout timedelta"),
+        pytest.param({"fail_fast": 1}, "fail_fast must be True or False, got 1", id="fail_fast 1"),
+        pytest.param({"strategy": "All"}, "strategy must be a JoinStrategy", id="strategy text"),
+        pytest.param(
+            {"strategy": JoinStrategy.Quorum}, "strategy must be a JoinStrategy", id="strategy without a number"
+        ),
+        pytest.param({"next_state": []}, "next_state must be hashable", id="next_state list"),
+    ],
+)
+def test_join_config_refused(options: dict[str, Any], text: str) -> None:
+    """A join with a value out of range or of the wrong type cannot be made."""
+    arguments: dict[str, Any] = {"strategy": ALL, "next_state": S.END, **options}
+
+    assert text in refused(lambda: JoinConfig(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "strategy", "text"),
+    [
+        pytest.param(
+            2, JoinStrategy.Quorum(3), "Quorum(3) cannot be reached: the split has 2 branches", id="Quorum"
+        ),  # B45
+        pytest.param(1, JoinStrategy.PartialResults(2), "the split has 1 branch", id="PartialResults"),  # WF-012
+        pytest.param(2, PARTIAL_TIMEOUT, "PartialTimeout needs a timeout", id="PartialTimeout"),  # WF-008
+        *(pytest.param(0, one, "at least one branch", id=f"no branch, {one!r}") for one in ALL_BUT_ALL),
+    ],
+)
+def test_validate_split(tasks: int, strategy: JoinStrategy, text: str) -> None:
+    """A join that its branches can never meet is refused when the workflow is validated."""
+    workflow = split_into([branch(0)] * tasks, strategy)
+
+    assert text in refused(workflow.validate)
+
+
+def test_validate_partial_timeout_of_a_factory() -> None:
+    """PartialTimeout without a timeout is refused at validation even where the branches come at run time."""
+    workflow = split_into(by_list, PARTIAL_TIMEOUT)
+
+    assert "needs a timeout" in refused(workflow.validate)
+
+
+def test_validate_target_of_a_join() -> None:
+    """A split that joins into a state that does not exist is refused at validation, by name."""
+    workflow = Workflow[S]().register_split(S.SPLIT, plan("s1"), JoinConfig(ALL, S.OTHER)).add_exit_state(S.END)
+
+    # WF-006
+    assert "OTHER" in refused(workflow.validate)
+
+
+async def test_join_into_an_exit_state() -> None:
+    """A split may join straight into an exit state."""
+    workflow = Workflow[S]().register_split(S.SPLIT, plan("s1"), JoinConfig(ALL, S.END)).add_exit_state(S.END)
+
+    # WF-007
+    assert await workflow.orchestrate(S.SPLIT) is S.END
+
+
+async def test_empty_split() -> None:
+    """All joins a split without branches at once."""
+    result = await join([], ALL, bulkhead=1, timeout=1)
+
+    # SP-019, JN-001
+    assert shape(result) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "text"),
+    [
+        pytest.param([42], "got 42", id="number"),
+        pytest.param([branch(0), WithRun], "register an instance", id="class"),
+        pytest.param(42, "iterable of tasks", id="no list"),
+        pytest.param("ab", "iterable of tasks", id="text"),
+    ],
+)
+def test_register_split_refused(tasks: Any, text: str) -> None:
+    """Something that is no task, or no list of tasks, is refused at registration."""
+    assert text in refused(lambda: split_into(tasks))
+
+
+@pytest.mark.parametrize("given_join", [ALL, None, S.END, "All"], ids=repr)
+def test_register_split_needs_a_join_config(given_join: Any) -> None:
+    """A split is registered with a JoinConfig and nothing less."""
+    workflow = Workflow[S]()
+
+    assert "must be a JoinConfig" in refused(lambda: workflow.register_split(S.SPLIT, plan("s1"), given_join))
+
+
+def test_register_split_reads_its_list_once() -> None:
+    """The branches may be any iterable; it is read at registration, and later changes of it are not seen."""
+    tasks = plan("s1 s1")
+    workflow = split_into(task for task in tasks)
+    listed = split_into(tasks)
+
+    tasks.clear()
+
+    # WF-025
+    assert cano.testing.run(workflow.orchestrate(S.SPLIT)) is S.END
+    assert cano.testing.run(listed.orchestrate(S.SPLIT)) is S.END
+
+
+# JoinConfig and JoinStrategy
+
+
+def test_join_config_defaults() -> None:
+    """A join has no timeout, no bulkhead and does not fail fast unless asked."""
+    config = JoinConfig(ALL, S.END)
+
+    # JN-009
+    assert (config.timeout, config.bulkhead, config.fail_fast) == (None, None, False)
+
+
+def test_join_config_changed_copies() -> None:
+    """The with_ methods give changed copies and leave the original alone."""
+    config = JoinConfig(ALL, S.END)
+
+    changed = config.with_timeout(timedelta(seconds=2)).with_bulkhead(3).with_next_state(S.JOINED)
+
+    # JN-009
+    assert changed == JoinConfig(ALL, S.JOINED, timeout=2.0, bulkhead=3)
+    assert config == JoinConfig(ALL, S.END)
+    assert changed.with_timeout(None).with_bulkhead(None) == JoinConfig(ALL, S.JOINED)
+
+
+def test_join_config_checks_its_copies() -> None:
+    """A changed copy is checked like the original."""
+    config = JoinConfig(ALL, S.END)
+
+    assert "bulkhead" in refused(lambda: config.with_bulkhead(0))
+    assert "timeout" in refused(lambda: config.with_timeout(-1))
+
+
+def test_join_config_is_frozen() -> None:
+    """A join cannot be changed."""
+    config = JoinConfig(ALL, S.END)
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.timeout = 1  # type: ignore[misc]
+
+
+def test_join_config_copies() -> None:
+    """A join is a value: it copies and pickles into an equal one."""
+    config = JoinConfig(JoinStrategy.Percentage(0.3), "joined", timeout=1, bulkhead=2, fail_fast=True)
+
+    assert copy.deepcopy(config) == config
+    assert pickled(config) == config
+    assert dataclasses.asdict(config)["strategy"] == JoinStrategy.Percentage(0.3)
+
+
+@pytest.mark.parametrize("strategy", [*ONE_OF_EACH, JoinStrategy.Percentage(1)], ids=repr)
+def test_strategy_is_a_value(strategy: JoinStrategy) -> None:
+    """A strategy reads as it is written, and equals and hashes like another one that reads the same."""
+    again = eval(repr(strategy), {"JoinStrategy": JoinStrategy})  # noqa: S307 - our own repr
+
+    assert repr(strategy).startswith("JoinStrategy.")
+    assert again == strategy
+    assert hash(again) == hash(strategy)
+
+
+def test_strategies_differ() -> None:
+    """Strategies of another kind or number are not equal."""
+    strategies = [*ONE_OF_EACH, JoinStrategy.Quorum(3), JoinStrategy.PartialResults(3), JoinStrategy.Percentage(0.6)]
+
+    assert len(set(strategies)) == len(strategies)
+    assert ALL != "All"
+
+
+# SplitResult
+
+
+@pytest.mark.virtual
+async def test_result_shape() -> None:
+    """The joined state gets every outcome in branch order: index, name, value or error, and the exact time taken."""
+    result = await join(
+        [lambda_after(0.5, "late"), branch(1, "f0"), branch(2, "n"), lambda_after(0.25, "early")],
+        JoinStrategy.PartialResults(3),
+    )
+
+    # JN-008
+    late, early = result.successes
+    (error,) = result.errors
+    assert [(one.index, one.value, one.error, one.elapsed) for one in (late, early)] == [
+        (0, "late", None, 0.5),
+        (3, "early", None, 0.25),
+    ]
+    assert (error.index, error.name, error.value, type(error.error), error.elapsed) == (1, "branch1", None, Oops, 0.0)
+    assert result.cancelled == [2]
+    assert (result.completed_count, result.total_count) == (3, 4)
+    assert result.values() == ["late", "early"]
+
+
+@pytest.mark.virtual
+async def test_elapsed_behind_a_bulkhead() -> None:
+    """The time a branch took counts from its own start, not from the split's."""
+    result = await join([lambda_after(0.5, None), lambda_after(0.25, None), lambda: None], bulkhead=1)
+
+    assert [one.elapsed for one in result.successes] == [0.5, 0.25, 0.0]
+
+
+@pytest.mark.virtual
+async def test_elapsed_counts_retries() -> None:
+    """The time a branch took is that of all its attempts and the pauses between them."""
+
+    class Flaky(Task[S]):
+        config = TaskConfig().with_fixed_retry(1, 2.0)
+
+        async def run(self, context: RunContext) -> None:
+            await asyncio.sleep(0.5)
+            if context.attempt == 1:
+                raise Oops
+
+    result = await join([Flaky()])
+
+    assert result.successes[0].elapsed == 3.0
+
+
+async def test_names_of_branches() -> None:
+    """Branches are named like any task: an attribute name, else the qualified name of the function or the class."""
+
+    class Named(WithRun):
+        name = "charge"
+
+    result = await join([Named(), WithRun(), as_coroutine, branch(3)])
+
+    assert [one.name for one in result.successes] == ["charge", "WithRun", "as_coroutine", "branch3"]
+
+
+async def test_result_lists_are_copies() -> None:
+    """Changing a list that a result gave does not change the result."""
+    result = await join(plan("s1 f1 c1"), PARTIAL_TIMEOUT, timeout=FOREVER)
+
+    for given_list in (result.successes, result.errors, result.cancelled, result.values()):
+        given_list.clear()
+
+    assert shape(result) == ([0], [1], [2])
+    assert result.values() == ["value 0"]
+
+
+@pytest.mark.parametrize("name", ["successes", "errors", "cancelled", "completed_count", "total_count"])
+async def test_result_is_frozen(name: str) -> None:
+    """A result cannot be changed."""
+    result = await join(plan("s1"))
+
+    with pytest.raises(AttributeError):
+        setattr(result, name, None)
+
+
+async def test_result_repr() -> None:
+    """The text of a result counts its outcomes, that of an outcome names index, branch and kind, no values."""
+    result = await join(plan("s1 f1 c1"), PARTIAL_TIMEOUT, timeout=FOREVER)
+
+    assert repr(result) == "<SplitResult 1 succeeded, 1 failed, 1 cancelled of 3>"
+    assert re.fullmatch(r"<BranchOutcome 0 branch0 value=str elapsed=0\.\d+>", repr(result.successes[0]))
+    assert re.fullmatch(r"<BranchOutcome 1 branch1 error=Oops elapsed=0\.\d+>", repr(result.errors[0]))
+
+
+async def test_result_pickles() -> None:
+    """A result survives pickling with every outcome."""
+    result = await join(plan("s1 f1 c1"), PARTIAL_TIMEOUT, timeout=FOREVER)
+
+    again = pickled(result)
+
+    assert shape(again) == shape(result)
+    assert again.values() == result.values()
+    assert again.errors[0].error.args == (1,)
+    assert [one.elapsed for one in again.successes] == [one.elapsed for one in result.successes]
+    assert [one.name for one in again.successes] == ["branch0"]
+
+
+def test_result_made_by_hand() -> None:
+    """A test of a joined state's task can make a result, from outcomes in any order."""
+    failure = Oops(0)
+
+    result = SplitResult([BranchOutcome(2, "c", value="two"), BranchOutcome(0, "a", error=failure)], cancelled=[1])
+
+    assert shape(result) == ([2], [0], [1])
+    assert result.errors[0].error is failure
+    assert result.values() == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("indices", "cancelled"),
+    [
+        pytest.param([0, 0], [], id="twice"),
+        pytest.param([0], [0], id="ended and cancelled"),
+        pytest.param([1], [], id="gap"),
+        pytest.param([0], [5], id="too high"),
+    ],
+)
+def test_result_made_by_hand_refused(indices: list[int], cancelled: list[int]) -> None:
+    """The branches of a result are numbered from 0 without a gap."""
+    outcomes = [BranchOutcome(index, "branch") for index in indices]
+
+    assert "branch indices must be" in refused(lambda: SplitResult(outcomes, cancelled))
+
+
+def test_result_made_by_hand_collected() -> None:
+    """The cyclic collector finds a value that refers to the result it is in."""
+
+    class Value:
+        result: SplitResult
+
+    value = Value()
+    value.result = SplitResult([BranchOutcome(0, "branch", value=value)])
+    died = weakref.ref(value)
+
+    del value
+    gc.collect()
+
+    assert died() is None
+
+
+# Who gets the result
+
+
+async def test_joined_task_gets_the_result_by_annotation() -> None:
+    """The joined state's task gets the result wherever it asks for it, beside its other parameters."""
+    seen: list[object] = []
+
+    async def joined(number: Annotated[int, Res("number")], *, context: RunContext, result: SplitResult) -> S:
+        seen.extend([number, context.state, result.values()])
+        return S.END
+
+    await split_into(plan("s1"), ALL, joined).orchestrate(S.SPLIT, resources={"number": 7})
+
+    assert seen == [7, S.JOINED, ["value 0"]]
+
+
+async def test_every_attempt_of_the_joined_task_gets_the_result() -> None:
+    """A retry of the joined state's task gets the same result again."""
+    results: list[SplitResult] = []
+
+    def joined(result: SplitResult) -> S:
+        results.append(result)
+        if len(results) < 3:
+            raise Oops
+        return S.END
+
+    workflow = Workflow[S]().register_split(S.SPLIT, plan("s1"), JoinConfig(ALL, S.JOINED)).add_exit_state(S.END)
+    workflow.register(S.JOINED, joined, config=TaskConfig().with_fixed_retry(2, 0))
+
+    await workflow.orchestrate(S.SPLIT)
+
+    assert len(results) == 3
+    assert len({id(result) for result in results}) == 1
+
+
+@pytest.mark.parametrize("annotation", [SplitResult | None, Optional[SplitResult]], ids=["union", "Optional"])  # noqa: UP045
+async def test_result_is_optional(annotation: Any) -> None:
+    """A task that may be entered without a split asks for ``SplitResult | None``, and gets None then."""
+    seen: list[SplitResult | None] = []
+
+    def joined(result: SplitResult | None) -> S:
+        seen.append(result)
+        return S.END
+
+    joined.__annotations__["result"] = annotation
+    workflow = split_into(plan("s1"), ALL, joined)
+
+    await workflow.orchestrate(S.SPLIT)
+    await workflow.orchestrate(S.JOINED)
+
+    assert [type(one) for one in seen] == [SplitResult, types.NoneType]
+
+
+async def test_result_is_kept_for_one_visit() -> None:
+    """The result belongs to the visit the join led to; a later visit of the same state does not get it."""
+    seen: list[SplitResult | None] = []
+
+    def joined(result: SplitResult | None) -> S:
+        seen.append(result)
+        return S.JOINED if len(seen) == 1 else S.END
+
+    await split_into(plan("s1"), ALL, joined).orchestrate(S.SPLIT)
+
+    assert [type(one) for one in seen] == [SplitResult, types.NoneType]
+
+
+async def test_result_required_without_a_split() -> None:
+    """A task that requires a result fails when its state is entered by another way, and the error says what to do."""
+    workflow = split_into(plan("s1"), ALL, collector([]))
+
+    with pytest.raises(WorkflowError, match=r"SplitResult \| None") as caught:
+        await workflow.orchestrate(S.JOINED)
+
+    assert caught.value.state is S.JOINED
+
+
+async def test_factory_of_the_joined_state_gets_the_result() -> None:
+    """A split may join into a split, whose factory gets the result of the first."""
+    results: list[SplitResult] = []
+
+    def factory(result: SplitResult) -> list[object]:
+        return [functools.partial(str.upper, value) for value in result.values()]
+
+    workflow = (
+        Workflow[S]()
+        .register_split(S.SPLIT, plan("s1 s1"), JoinConfig(ALL, S.OTHER))
+        .register_split(S.OTHER, factory, JoinConfig(ALL, S.JOINED))
+        .register(S.JOINED, collector(results))
+        .add_exit_state(S.END)
+    )
+
+    await workflow.orchestrate(S.SPLIT)
+
+    assert results[0].values() == ["VALUE 0", "VALUE 1"]
+
+
+async def needs_result(result: SplitResult) -> S:
+    return S.END
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        pytest.param(split_into([needs_result]), id="branch"),
+        pytest.param(split_into(plan("s1")).register(S.OTHER, needs_result), id="other state"),
+        pytest.param(Workflow[S]().register(S.OTHER, needs_result).add_exit_state(S.END), id="no split"),
+    ],
+)
+def test_split_result_required_in_wrong_place(workflow: Workflow[S]) -> None:
+    """A task that requires a result where no split joins is refused at validation."""
+    assert "SplitResult" in refused(workflow.validate)
+
+
+# JoinError
+
+
+async def test_join_error_has_the_exceptions_of_the_branches() -> None:
+    """A failed join is an exception group of the branches' own exception objects, in branch order."""
+    failures = [Oops(0), Oops(1)]
+
+    async def fails(index: int) -> None:
+        await asyncio.sleep((2 - index) * STEP)
+        raise failures[index]
+
+    error = await join_error([functools.partial(fails, 0), branch(1), functools.partial(fails, 1)])
+
+    assert isinstance(error, ExceptionGroup)
+    assert isinstance(error, WorkflowError)
+    assert list(error.exceptions) == failures
+    assert error.result is not None
+    assert [one.error for one in error.result.errors] == failures
+
+
+async def test_join_error_names_the_branches() -> None:
+    """Each exception of a failed join has a note and facts that name state, task and branch."""
+    error = await join_error(plan("s1 f1"))
+
+    (failure,) = error.exceptions
+    assert failure.__notes__ == ["state=SPLIT task=branch1 branch=1 attempt=1/1 path=SPLIT"]
+    context = failure.__cano__  # type: ignore[attr-defined]
+    assert (context.state, context.task, context.branch, context.path) == (S.SPLIT, "branch1", 1, (S.SPLIT,))
+
+
+async def test_join_error_says_what_was_missed() -> None:
+    """The text of a failed join names state and strategy and counts the outcomes; its facts say where it was."""
+    error = await join_error(plan("s1 f1 c1"), JoinStrategy.Quorum(2))
+
+    assert error.message == "the split in state SPLIT did not reach Quorum(2): 1 succeeded, 1 failed, 1 cancelled of 3"
+    assert (error.state, error.task, error.path) == (S.SPLIT, None, (S.SPLIT,))
+    assert error.__notes__ == ["state=SPLIT attempt=1/1 path=SPLIT"]
+
+
+async def test_join_error_path() -> None:
+    """The path of a failed join ends with the split's state."""
+    workflow = split_into(plan("f1")).register(S.OTHER, lambda: S.SPLIT)
+
+    with pytest.raises(JoinError) as caught:
+        await workflow.orchestrate(S.OTHER)
+
+    assert caught.value.path == (S.OTHER, S.SPLIT)
+    assert caught.value.exceptions[0].__notes__[0].endswith("path=OTHER>SPLIT")
+
+
+async def test_join_error_without_exceptions() -> None:
+    """Where no branch raised an exception, the group has one that says so."""
+    error = await join_error(plan("c1 c1"))
+
+    (placeholder,) = error.exceptions
+    assert isinstance(placeholder, TaskExecutionError)
+    assert str(placeholder) == "no branch of the split in state SPLIT raised: 0 succeeded, 0 failed, 2 cancelled of 2"
+
+
+async def test_join_error_with_except_star() -> None:
+    """``except*`` picks the failures of one kind out of a failed join."""
+
+    async def fails() -> None:
+        raise KeyError("key")
+
+    caught: list[BaseException] = []
+    try:
+        await join([branch(0, "f1"), fails, branch(2, "f1")])
+    except* KeyError as group:
+        caught.extend(group.exceptions)
+    except* Oops as group:
+        caught.extend(group.exceptions)
+
+    assert [type(one) for one in caught] == [KeyError, Oops, Oops]
+
+
+async def test_join_error_parts_keep_their_facts() -> None:
+    """The parts that ``split`` makes are join errors with the same result, place and note."""
+    error = await join_error([branch(0, "f1"), lambda: int("no number")])
+
+    matched, rest = error.split(Oops)
+
+    for part in (matched, rest):
+        assert type(part) is JoinError
+        assert part.result is error.result
+        assert part.__notes__ == error.__notes__
+        assert part.state is S.SPLIT
+    assert [type(one) for one in matched.exceptions] == [Oops]
+    assert [type(one) for one in rest.exceptions] == [ValueError]
+
+
+async def test_join_error_pickles() -> None:
+    """A failed join survives pickling with its text, exceptions, notes, place and result."""
+    error = await join_error(plan("s1 f1"))
+
+    again = pickled(error)
+
+    assert (type(again), str(again), again.__notes__) == (JoinError, str(error), error.__notes__)
+    assert again.exceptions[0].__notes__ == error.exceptions[0].__notes__
+    assert shape(again.result) == ([0], [1], [])
+    assert again.result.errors[0].error is again.exceptions[0]
+    assert again.state is S.SPLIT
+
+
+async def test_join_timeout_error() -> None:
+    """A join that is too late has a TimeoutError before the branches' exceptions, so ``except* TimeoutError`` works."""
+    caught: list[BaseException] = []
+
+    try:
+        await join(plan("f1 n"), ALL, timeout=20 * STEP)
+    except* TimeoutError as group:
+        caught.append(group)
+    except* Oops as group:
+        caught.append(group)
+
+    late, failed = caught
+    assert isinstance(late, JoinTimeoutError)
+    assert isinstance(failed, JoinTimeoutError)
+    assert [type(one) for one in (*late.exceptions, *failed.exceptions)] == [TimeoutError, Oops]
+    assert late.message.startswith(
+        "the split in state SPLIT was not decided within its timeout of 0.2 s: 0 succeeded, 1 failed"
+    )
+
+
+async def test_join_timeout_error_pickles() -> None:
+    """A join that was too late survives pickling."""
+    error = await join_error(plan("n"), ALL, timeout=STEP)
+
+    again = pickled(error)
+
+    assert isinstance(again, JoinTimeoutError)
+    assert [type(one) for one in again.exceptions] == [TimeoutError]
+    assert shape(again.result) == ([], [], [0])
+
+
+async def test_same_exception_in_several_branches() -> None:
+    """Branches that raise one and the same exception object fail each with it."""
+    failure = Oops("shared")
+
+    async def fails() -> None:
+        raise failure
+
+    error = await join_error([fails, fails])
+
+    assert list(error.exceptions) == [failure, failure]
+    assert shape(error.result) == ([], [0, 1], [])
+
+
+async def test_failed_join_is_not_retried() -> None:
+    """A split is entered once: the failure of a join is not a failed attempt of anything."""
+    log: Log = []
+
+    await join_error(plan("f1", log))
+
+    assert log == ["+0"]
+
+
+# Cancellation
+
+
+async def cancelled(workflow: Workflow[S], message: str | None = None, *, after: float = STEP, times: int = 1) -> Any:
+    """Start a run in a task, cancel that `times` times, and give the CancelledError that came out."""
+    task = asyncio.create_task(workflow.orchestrate(S.SPLIT))
+    for _ in range(times):
+        await asyncio.sleep(after)
+        task.cancel(message)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    return caught.value
+
+
+@each_strategy
+async def test_outer_cancel(strategy: JoinStrategy) -> None:
+    """Cancelling a run cancels every branch and awaits it before the cancellation goes on."""
+    log: Log = []
+    workflow = split_into(plan("n n n", log, cleanup=STEP), strategy, timeout=FOREVER)
+
+    await cancelled(workflow)
+
+    # SP-035
+    assert log == ["+0", "+1", "+2", "-0", "-1", "-2", ".0", ".1", ".2"]
+
+
+async def test_outer_cancel_passes_its_message_on() -> None:
+    """The message of a cancellation reaches the branches, and comes out of the run."""
+    messages: list[object] = []
+
+    async def run() -> None:
+        try:
+            await asyncio.sleep(FOREVER)
+        except asyncio.CancelledError as error:
+            messages.append(error.args)
+            raise
+
+    error = await cancelled(split_into([run, run]), "enough")
+
+    assert messages == [("enough",), ("enough",)]
+    assert error.args == ("enough",)
+
+
+async def test_outer_cancel_repeated() -> None:
+    """Each further cancellation of a run reaches the branches that are still cleaning up."""
+    log: Log = []
+
+    async def stubborn() -> None:
+        for _ in range(3):
+            try:
+                await asyncio.sleep(FOREVER)
+            except asyncio.CancelledError:
+                log.append("cancelled")
+        raise asyncio.CancelledError
+
+    await cancelled(split_into([stubborn]), times=3)
+
+    assert log == ["cancelled"] * 3
+
+
+async def test_outer_cancel_beats_what_the_branches_make_of_it() -> None:
+    """A cancelled run ends cancelled even if its branches succeed or fail instead of ending cancelled."""
+
+    async def fails() -> None:
+        try:
+            await asyncio.sleep(FOREVER)
+        finally:
+            raise Oops
+
+    workflow = split_into([branch(0, "n", deaf=True), fails], ANY)
+
+    await cancelled(workflow)
+
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_outer_cancel_starts_nothing() -> None:
+    """A cancelled run starts no branch that its bulkhead held back."""
+    log: Log = []
+
+    await cancelled(split_into(plan("n n n", log), ALL, bulkhead=1))
+
+    assert log == ["+0", "-0", ".0"]
+
+
+async def test_outer_cancel_while_losers_clean_up() -> None:
+    """A cancellation that comes after the decision, while losers are awaited, still ends the run as cancelled."""
+    joined: list[None] = []
+    workflow = split_into(plan("s1 n", cleanup=5 * STEP), ANY, lambda: joined.append(None) or S.END)
+
+    await cancelled(workflow, after=3 * STEP)
+
+    assert joined == []
+
+
+async def test_cancel_by_handle() -> None:
+    """Cancelling the handle of a run cancels and awaits its branches, then raises WorkflowCancelledError."""
+    log: Log = []
+    run = split_into(plan("n n", log, cleanup=STEP)).start(S.SPLIT)
+    await asyncio.sleep(STEP)
+
+    run.cancel("no longer needed")
+
+    with pytest.raises(WorkflowCancelledError) as caught:
+        await run
+    assert log == ["+0", "+1", "-0", "-1", ".0", ".1"]
+    assert (caught.value.state, caught.value.reason) == (S.SPLIT, "no longer needed")
+
+
+async def test_branch_that_cancels_itself() -> None:
+    """A branch that cancels its own task counts as cancelled; siblings and run are not touched."""
+
+    async def run() -> None:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        await asyncio.sleep(FOREVER)
+
+    result = await join([run, branch(1, "s3")], ANY)
+
+    assert shape(result) == ([1], [], [0])
+
+
+async def test_branch_that_cancels_its_sibling() -> None:
+    """A branch that cancels a sibling's task ends that one only."""
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def victim() -> None:
+        tasks.append(asyncio.current_task())  # type: ignore[arg-type]
+        await asyncio.sleep(FOREVER)
+
+    async def killer() -> str:
+        await asyncio.sleep(STEP)
+        tasks[0].cancel()
+        return "done"
+
+    result = await join([victim, killer, branch(2, "s3")], JoinStrategy.PartialResults(2))
+
+    assert shape(result) == ([1, 2], [], [0])
+
+
+async def test_branch_that_cancels_the_run() -> None:
+    """A branch may cancel the task its run is awaited in, and is cancelled itself by that."""
+    host = asyncio.current_task()
+    assert host is not None
+    log: Log = []
+
+    async def run() -> None:
+        host.cancel("from inside")
+        try:
+            await asyncio.sleep(FOREVER)
+        finally:
+            log.append("ended")
+
+    with pytest.raises(asyncio.CancelledError, match="from inside"):
+        await join([run, branch(1, "n")])
+
+    assert log == ["ended"]
+    assert host.uncancel() == 0
+
+
+async def test_branch_cancelled_before_its_first_step() -> None:
+    """A run that is cancelled at once leaves no coroutine that was never awaited."""
+    task = asyncio.create_task(split_into(plan("n n")).orchestrate(S.SPLIT))
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gc.collect()
+
+    assert task.cancelled()
+
+
+async def test_cancelling_counter() -> None:
+    """A split that cancelled losers leaves no cancellation request on the task of the run."""
+    await join(plan("s1 n n"), ANY)
+    await join_error(plan("n"), ALL, timeout=STEP)
+
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_closed_run() -> None:
+    """Closing the coroutine of a run cancels its branches, which end on their own."""
+    log: Log = []
+    coroutine = split_into(plan("n n", log)).orchestrate(S.SPLIT)
+    coroutine.send(None)
+    await asyncio.sleep(0)
+
+    coroutine.close()
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    assert log == ["+0", "+1", "-0", "-1", ".0", ".1"]
+
+
+# BaseException
+
+
+@pytest.mark.parametrize("strategy", [ANY, ALL, PARTIAL_TIMEOUT], ids=repr)
+async def test_base_exception_of_a_branch(strategy: JoinStrategy) -> None:
+    """A branch's BaseException is no outcome: it ends the run as it is, after every branch has ended."""
+    log: Log = []
+    failure = Fatal("stop")
+
+    async def run() -> None:
+        await asyncio.sleep(STEP)
+        raise failure
+
+    workflow = split_into([run, *plan("n", log, cleanup=STEP)], strategy, lambda: log.append("joined"), timeout=FOREVER)
+
+    with pytest.raises(Fatal) as caught:
+        await workflow.orchestrate(S.SPLIT)
+
+    assert caught.value is failure
+    assert log == ["+0", "-0", ".0"]
+
+
+async def test_base_exception_starts_nothing() -> None:
+    """After a branch's BaseException no branch is started that a bulkhead held back."""
+    log: Log = []
+
+    async def run() -> None:
+        raise Fatal
+
+    with pytest.raises(Fatal):
+        await join([run, *plan("s1", log)], ALL, bulkhead=1)
+
+    assert log == []
+
+
+async def test_base_exception_of_a_loser() -> None:
+    """A BaseException that a loser raises while it is cancelled ends the run, too."""
+
+    async def loser() -> None:
+        try:
+            await asyncio.sleep(FOREVER)
+        finally:
+            raise Fatal
+
+    with pytest.raises(Fatal):
+        await join([branch(0, "s1"), loser], ANY)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_interrupt_in_a_branch(kind: type[BaseException], asyncio_reports: list[str]) -> None:
+    """An interrupt raised in a branch leaves the event loop at once, and the siblings are cancelled as the loop ends."""
+    log: Log = []
+
+    async def run() -> None:
+        await asyncio.sleep(STEP)
+        raise kind
+
+    with pytest.raises(kind):
+        cano.testing.run(join([run, *plan("n", log)]))
+    gc.collect()
+    asyncio_reports.clear()  # that main() ended with it, too; asyncio reports the same of a TaskGroup
+
+    assert log[:2] == ["+0", "-0"]
+
+
+async def test_generator_exit_in_a_branch() -> None:
+    """A GeneratorExit raised in a branch ends the run like any BaseException."""
+
+    async def run() -> None:
+        raise GeneratorExit
+
+    with pytest.raises(GeneratorExit):
+        await join([run])
+
+
+# Branches that wait in unusual ways
+
+
+async def test_branches_on_one_future() -> None:
+    """Many branches may wait for the same future, and each gets its result."""
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(STEP, future.set_result, "shared")
+
+    async def run() -> Any:
+        return await future
+
+    result = await join([run] * 50)
+
+    assert result.values() == ["shared"] * 50
+
+
+async def test_loser_on_a_shared_future() -> None:
+    """A loser that waits for a future of others under a shield leaves that future alone."""
+    future = asyncio.get_running_loop().create_future()
+
+    async def run() -> Any:
+        return await asyncio.shield(future)
+
+    await join([branch(0, "s1"), run], ANY)
+
+    assert not future.done()
+
+
+async def test_branch_on_a_finished_future() -> None:
+    """A branch may wait for a future that is done, failed or cancelled already."""
+    loop = asyncio.get_running_loop()
+    done, failed, gone = loop.create_future(), loop.create_future(), loop.create_future()
+    done.set_result("done")
+    failed.set_exception(Oops("failed"))
+    gone.cancel()
+
+    async def waits(future: Any) -> Any:
+        return await future
+
+    result = await join(
+        [functools.partial(waits, one) for one in (done, failed, gone)], PARTIAL_TIMEOUT, timeout=FOREVER
+    )
+
+    assert shape(result) == ([0], [1], [2])
+
+
+async def test_branch_on_a_cancelled_task() -> None:
+    """A branch that waits for a task somebody cancels counts as cancelled, the run goes on."""
+    task = asyncio.create_task(asyncio.sleep(FOREVER))
+
+    async def waits() -> None:
+        await task
+
+    async def cancels() -> None:
+        task.cancel()
+
+    result = await join([waits, cancels], JoinStrategy.Quorum(1))
+
+    assert shape(result) in {0: ([1], [], [0])}.values()
+
+
+class Yields:
+    """An awaitable that yields what no event loop understands."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __await__(self) -> Iterator[Any]:
+        yield self.value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: Yields(42), id="number"),
+        pytest.param(lambda: Yields("text"), id="text"),
+        pytest.param(lambda: Yields(asyncio.get_running_loop().create_future()), id="future without await"),
+    ],
+)
+async def test_branch_that_yields_nonsense(make: Callable[[], Awaitable[object]]) -> None:
+    """A branch that yields what asyncio refuses fails with RuntimeError; its siblings do not notice."""
+
+    async def run() -> None:
+        await make()
+
+    result = await join([run, branch(1, "s1")], ANY)
+
+    assert shape(result) == ([1], [0], [])
+    assert isinstance(result.errors[0].error, RuntimeError)
+
+
+async def test_branch_on_a_future_of_another_loop() -> None:
+    """A branch that waits for another loop's future fails alone."""
+    other = asyncio.new_event_loop()
+    future = other.create_future()
+
+    async def run() -> None:
+        await future
+
+    try:
+        result = await join([run, branch(1, "s1")], ANY)
+    finally:
+        other.close()
+
+    assert shape(result) == ([1], [0], [])
+    assert isinstance(result.errors[0].error, RuntimeError)
+
+
+async def test_branches_that_only_yield() -> None:
+    """Branches that give way many times without waiting for anything take turns."""
+    log: list[int] = []
+
+    def yields(index: int) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def run() -> None:
+            for _ in range(3):
+                log.append(index)
+                await asyncio.sleep(0)
+
+        return run
+
+    await join([yields(0), yields(1)])
+
+    assert log == [0, 1] * 3
+
+
+async def test_branches_with_structured_concurrency() -> None:
+    """Task groups, gather, wait and wait_for work in branches as in any task."""
+
+    async def group() -> str:
+        async with asyncio.TaskGroup() as tasks:
+            one = tasks.create_task(asyncio.sleep(STEP, "group"))
+        return one.result()
+
+    async def gather() -> str:
+        return (await asyncio.gather(asyncio.sleep(STEP, "gather")))[0]
+
+    async def wait() -> str:
+        done, _ = await asyncio.wait([asyncio.create_task(asyncio.sleep(STEP, "wait"))])
+        return done.pop().result()
+
+    async def wait_for() -> str:
+        return await asyncio.wait_for(asyncio.sleep(STEP, "wait_for"), FOREVER)
+
+    result = await join([group, gather, wait, wait_for])
+
+    assert result.values() == ["group", "gather", "wait", "wait_for"]
+
+
+async def test_split_inside_a_branch() -> None:
+    """A branch may run a workflow of its own, with splits; its failure is the branch's, the inner place stays."""
+    inner = split_into(plan("s1 f1"))
+
+    async def run() -> S:
+        return await inner.orchestrate(S.SPLIT)
+
+    error = await join_error([branch(0), run])
+
+    (failure,) = error.exceptions
+    assert isinstance(failure, JoinError)
+    assert [type(one) for one in failure.exceptions] == [Oops]
+    assert failure.exceptions[0].__notes__ == ["state=SPLIT task=branch1 branch=1 attempt=1/1 path=SPLIT"]
+
+
+# Loops that are set up differently
+
+
+@pytest.mark.parametrize("bulkhead", [None, 1])
+async def test_task_factory_is_honoured(bulkhead: int | None) -> None:
+    """Branches are made by the loop's task factory, if it has one, and are what it made."""
+    loop = asyncio.get_running_loop()
+    made: list[asyncio.Task[Any]] = []
+    seen: list[Any] = []
+
+    def factory(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        made.append(task)
+        return task
+
+    async def run() -> str:
+        seen.append((asyncio.current_task(), variable.get()))
+        variable.set("branch")
+        return "value"
+
+    variable.set("run")
+    loop.set_task_factory(factory)
+    try:
+        result = await join([run] * 3, bulkhead=bulkhead)
+    finally:
+        loop.set_task_factory(None)
+
+    assert result.values() == ["value"] * 3
+    assert seen == [(task, "run") for task in made]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+@pytest.mark.parametrize("bulkhead", [None, 1])
+async def test_eager_task_factory(bulkhead: int | None) -> None:
+    """With eager tasks the outcomes are the same."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+
+    try:
+        result = await join(
+            [lambda: 0, branch(1, "f1"), branch(2, "s0"), as_coroutine],
+            PARTIAL_TIMEOUT,
+            timeout=FOREVER,
+            bulkhead=bulkhead,
+        )
+    finally:
+        loop.set_task_factory(None)
+
+    assert shape(result) == ([0, 2, 3], [1], [])
+
+
+@pytest.mark.parametrize("text", ["s1 n", "f1 f2", "c1 c1"])
+def test_debug_mode(text: str) -> None:
+    """In asyncio's debug mode a split behaves the same."""
+
+    async def main() -> Shape:
+        try:
+            return shape(await join(plan(text), ANY))
+        except JoinError as error:
+            return shape(error.result)
+
+    assert cano.testing.run(main(), debug=True) == cano.testing.run(main())
+
+
+async def test_many_branches() -> None:
+    """A thousand branches run at once."""
+    result = await join([functools.partial(asyncio.sleep, STEP, index) for index in range(1_000)])
+
+    assert result.values() == list(range(1_000))
+
+
+async def test_many_branches_behind_a_bulkhead() -> None:
+    """A thousand plain branches pass through a bulkhead of one."""
+    result = await join([functools.partial(abs, -index) for index in range(1_000)], bulkhead=1)
+
+    assert result.values() == list(range(1_000))
+
+
+async def test_many_losers() -> None:
+    """A thousand losers are cancelled and awaited."""
+    result = await join(plan("s1" + " n" * 1_000), ANY)
+
+    assert result.cancelled == list(range(1, 1_001))
+
+
+@pytest.mark.parametrize("bulkhead", [None, 1])
+async def test_branches_that_cannot_start(bulkhead: int | None) -> None:
+    """Any number of branches that fail before they start, for want of a resource, are failures like others."""
+
+    async def run(value: Annotated[int, Res("missing")]) -> None:
+        raise AssertionError("it cannot be called")
+
+    error = await join_error([run] * 10_000, bulkhead=bulkhead)
+
+    assert len(error.exceptions) == 10_000
+    assert {type(one) for one in error.exceptions} == {ResourceNotFoundError}
+
+
+async def test_branches_of_concurrent_runs() -> None:
+    """Runs of one workflow at once keep their branches and results apart."""
+
+    async def run(number: Annotated[int, Res("number")]) -> int:
+        await asyncio.sleep(STEP)
+        return number
+
+    results: list[SplitResult] = []
+    workflow = split_into([run] * 2, ALL, collector(results))
+
+    await asyncio.gather(*(workflow.orchestrate(S.SPLIT, resources={"number": number}) for number in range(20)))
+
+    assert sorted(result.values() for result in results) == [[number] * 2 for number in range(20)]
+
+
+# What is left behind
+
+
+class Tracked:
+    """Something whose end can be seen."""
+
+
+class TrackedError(Exception):
+    """An exception whose end can be seen."""
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        pytest.param(PARTIAL_TIMEOUT, {"timeout": 5 * STEP}, id="proceeds"),
+        pytest.param(PARTIAL_TIMEOUT, {"timeout": 5 * STEP, "bulkhead": 2}, id="proceeds behind a bulkhead"),
+        pytest.param(ALL, {"timeout": 5 * STEP}, id="too late"),
+        pytest.param(ALL, {"fail_fast": True}, id="fails"),
+    ],
+)
+@pytest.mark.parametrize("retries", [0, 1], ids=["plain", "retried"])
+async def test_nothing_is_left(strategy: JoinStrategy, options: dict[str, Any], retries: int) -> None:
+    """After a split, also a failed one, reference counts alone free resources, values and exceptions."""
+    died: list[weakref.ref[Any]] = []
+
+    class Succeeds(Task[S]):
+        config = TaskConfig().with_fixed_retry(retries, 0)
+
+        async def run(self, _: Resources) -> Tracked:
+            value = Tracked()
+            died.append(weakref.ref(value))
+            await asyncio.sleep(STEP)
+            return value
+
+    class Fails(Succeeds):
+        async def run(self, _: Resources) -> Any:
+            await asyncio.sleep(2 * STEP)
+            error = TrackedError()
+            died.append(weakref.ref(error))
+            try:
+                raise error
+            finally:
+                del error  # or the frame of the branch and the exception would keep each other
+
+    class Waits(Succeeds):
+        async def run(self, _: Resources) -> Any:
+            value = Tracked()
+            died.append(weakref.ref(value))
+            await asyncio.sleep(FOREVER)
+
+    async def use() -> None:
+        resource = Tracked()
+        died.append(weakref.ref(resource))
+        workflow = split_into([Succeeds(), Fails(), Waits()], strategy, **options)
+        with contextlib.suppress(JoinError):
+            await workflow.orchestrate(S.SPLIT, resources={"resource": resource})
+
+    await use()
+    await asyncio.sleep(0)  # let the loop drop the handle that it has just run
+
+    assert len(died) >= 4
+    assert [one for one in died if one() is not None] == []
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_nothing_is_left_of_a_cancelled_run() -> None:
+    """A cancelled run frees what its branches had."""
+    died: list[weakref.ref[Any]] = []
+
+    async def run() -> None:
+        value = Tracked()
+        died.append(weakref.ref(value))
+        await asyncio.sleep(FOREVER)
+
+    async def use() -> None:
+        task = asyncio.create_task(split_into([run, run]).orchestrate(S.SPLIT))
+        await asyncio.sleep(STEP)
+        task.cancel()
+        await asyncio.wait([task])
+
+    await use()
+    await asyncio.sleep(0)
+
+    assert [one() for one in died] == [None, None]
+
+
+@pytest.mark.usefixtures("no_collector")
+async def test_result_is_dropped_after_its_visit() -> None:
+    """The result of a split is freed once the state it led to is left."""
+    died: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    def makes() -> Tracked:
+        value = Tracked()
+        died.append(weakref.ref(value))
+        return value
+
+    def joined(result: SplitResult) -> S:
+        alive.append(died[0]() is not None)
+        return S.OTHER
+
+    def later() -> S:
+        alive.append(died[0]() is not None)
+        return S.END
+
+    await split_into([makes], ALL, joined).register(S.OTHER, later).orchestrate(S.SPLIT)
+
+    assert alive == [True, False]

@@ -15,8 +15,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import cano.testing
 from cano.testing import ClockStalledError, VirtualClockLoop, real_time, run
@@ -113,7 +112,7 @@ class TestVirtualTime:
         assert run(main()) == sorted((delay, turn) for turn, delay in enumerate(delays))
 
     @pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
-    def test_timeout_fires_at_its_deadline(self, debug: bool) -> None:
+    def test_timeout_fires_at_its_deadline(self, *, debug: bool) -> None:
         """asyncio's own timeouts read this clock, in debug mode too."""
 
         async def main() -> tuple[float, float]:
@@ -159,7 +158,7 @@ class TestRealWorkInFlight:
         assert SHORT <= virtual <= time.monotonic() - began
 
     @pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
-    def test_default_executor_holds_the_clock(self, debug: bool) -> None:
+    def test_default_executor_holds_the_clock(self, *, debug: bool) -> None:
         """A job in a thread is waited for in real time."""
 
         async def main() -> None:
@@ -217,7 +216,7 @@ class TestRealWorkInFlight:
 
         async def main() -> None:
             near, far = socket.socketpair()
-            near.setblocking(False)
+            near.settimeout(0)
             sender = threading.Timer(SHORT, far.send, (b"x",))
             sender.start()
             await self._within_a_minute(asyncio.create_task(receive(near)))
@@ -232,7 +231,9 @@ class TestRealWorkInFlight:
         """A child process without pipes is waited for in real time."""
 
         async def child() -> None:
-            process = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", f"import time; time.sleep({SHORT})")
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-S", "-c", f"import time; time.sleep({SHORT})"
+            )
             await process.wait()
 
         async def main() -> None:
@@ -388,7 +389,7 @@ class TestRun:
         assert first.is_closed()
 
     @pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
-    def test_debug_mode_is_set(self, debug: bool) -> None:
+    def test_debug_mode_is_set(self, *, debug: bool) -> None:
         """The loop's debug mode is the one asked for."""
 
         async def main() -> bool:

@@ -82,11 +82,11 @@ class TestAssertNoOrphans:
 
         async def main() -> None:
             branch: Any = Branch(asyncio.get_running_loop())
-            asyncio._register_task(branch)  # noqa: SLF001 - documented for tasks like ours
+            asyncio._register_task(branch)
             try:
                 assert_no_orphans()
             finally:
-                asyncio._unregister_task(branch)  # noqa: SLF001
+                asyncio._unregister_task(branch)
 
         assert "- task 'branch 3' of Branch()" in message_of(main)
 
@@ -243,11 +243,20 @@ class TestNoOrphans:
 
 
 LEAKS = {
-    "task": ("await asyncio.sleep(0); t = asyncio.create_task(asyncio.sleep(60), name='stray')", "*task 'stray' of sleep()*"),
+    "task": (
+        "await asyncio.sleep(0); t = asyncio.create_task(asyncio.sleep(60), name='stray')",
+        "*task 'stray' of sleep()*",
+    ),
     "timer": ("asyncio.get_running_loop().call_later(60, print)", "*timer <TimerHandle*"),
     "thread": ("threading.Thread(target=stop.wait, name='stray').start()", "*thread 'stray'*"),
-    "exception": ("asyncio.get_running_loop().create_future().set_exception(LookupError('lost'))", "*was never retrieved*"),
-    "callback": ("asyncio.get_running_loop().call_soon(int, 'x'); await asyncio.sleep(0)", "*Exception in callback int(*"),
+    "exception": (
+        "asyncio.get_running_loop().create_future().set_exception(LookupError('lost'))",
+        "*was never retrieved*",
+    ),
+    "callback": (
+        "asyncio.get_running_loop().call_soon(int, 'x'); await asyncio.sleep(0)",
+        "*Exception in callback int(*",
+    ),
     "coroutine": ("asyncio.sleep(0)", "*coroutine 'sleep' was never awaited*"),
     "cycle": ("f = asyncio.Future(); f.own = [f]; f.set_exception(LookupError('lost'))", "*was never retrieved*"),
 }
@@ -257,7 +266,9 @@ class TestConftest:
     """The rules of our own conftest.py, tried on small suites."""
 
     @pytest.fixture(autouse=True)
-    def rules(self, pytester: pytest.Pytester, asyncio_reports: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def rules(
+        self, pytester: pytest.Pytester, asyncio_reports: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[None]:
         """Give the small suite our rules, none of our options, and keep what it reports from failing the test around it."""
         monkeypatch.delenv("PYTHONASYNCIODEBUG", raising=False)
         pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())

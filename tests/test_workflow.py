@@ -917,12 +917,12 @@ async def test_a_hundred_runs_at_once(suspends):
 
     async def start(ctx: RunContext):
         if suspends:
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.01)
         return S.MIDDLE
 
     async def middle(ctx: RunContext):
         if suspends:
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.01)
         seen[ctx.workflow_id] = (ctx.visit, ctx.state)
         return S.DONE
 
@@ -1356,7 +1356,7 @@ async def test_run_goes_on_without_being_awaited():
     ended = asyncio.Event()
 
     async def start():
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.01)
         ended.set()
         return S.DONE
 
@@ -1392,7 +1392,7 @@ async def test_run_awaited_by_two_tasks():
     """Two tasks may wait for one run, and both get its result."""
 
     async def start():
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.01)
         return S.DONE
 
     run = simple(start).start(S.START)
@@ -1416,7 +1416,7 @@ async def test_run_with_asyncio(wait):
     """asyncio's own functions take a run like any awaitable."""
 
     async def start():
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.01)
         return S.DONE
 
     ended = await wait(simple(start).start(S.START))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, Generic, NamedTuple, Self, cast
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from .config import (
     AttemptTimeoutError,
@@ -38,6 +38,8 @@ from .config import (
     seconds,
 )
 from .split import Branch, Split
+
+E = TypeVar("E", bound=Exception)
 
 _PATH_KEPT = 256
 _IMMEDIATE_TRANSITIONS = 1_024
@@ -74,13 +76,11 @@ class _Run:
         if self.deadline is not None and self.time() >= self.deadline:
             raise _BudgetSpent
 
-    def note(
-        self, error: Exception, task: str | None, branch: int | None = None, attempt: int = 1, attempts: int = 1
-    ) -> None:
+    def note(self, error: E, task: str | None, branch: int | None = None, attempt: int = 1, attempts: int = 1) -> E:
         """Write on the exception where it left a task, unless a run nested in this one has."""
         known: ErrorContext | None = getattr(error, "__cano__", None)
         if known is not None and known.run >= self.number:
-            return
+            return error
         path = tuple(self.path)
         branch = self.branch if branch is None else branch
         context = ErrorContext(
@@ -88,6 +88,7 @@ class _Run:
         )
         with contextlib.suppress(Exception):  # a class that refuses attributes keeps its exception unchanged
             error.__cano__ = context  # type: ignore[attr-defined]
+        return error
 
 
 Step = Callable[[_Run, int | None], Awaitable[Any]]
@@ -194,9 +195,8 @@ class Workflow(Generic[S]):
             if not _has_fired(scope, error):
                 raise
         elapsed = max(limit, run.time() - started)  # the loop fires a timer up to a tick of its clock early
-        spent = WorkflowTimeoutError(f"the run took {elapsed:.3f} s of its budget of {limit} s", elapsed, limit)
-        run.note(spent, None, attempt=0)
-        raise spent
+        text = f"the run took {elapsed:.3f} s of its budget of {limit} s"
+        raise run.note(WorkflowTimeoutError(text, elapsed, limit), None, attempt=0)
 
     def _add(self, state: S, source: _Task | list[_Task] | Callable[[], Any], join: JoinConfig[S] | None) -> Self:
         self._require_open()
@@ -246,7 +246,10 @@ class Workflow(Generic[S]):
 
 
 async def _drive(table: Table, run: _Run, state: Any) -> Any:  # noqa: C901 - no call that can be spared
-    """Go from state to state until an exit; yield to the loop once per 1,024 transitions."""
+    """Go from state to state until an exit.
+
+    It yields to the loop once per 1,024 transitions, suspended or not: a suspension is not seen from here.
+    """
     entry, entered = table[state], 0
     enter, deadline, time = run.path.append, run.deadline, run.time
     try:
@@ -337,15 +340,13 @@ def _task_step(task: _Task) -> Step:
             try:
                 return await attempt_once(*arguments)
             except Exception as error:
-                is_worth_it = config.is_retryable(error)
-                if not is_worth_it or attempt == attempts:
+                is_retryable = config.is_retryable(error)
+                if not is_retryable or attempt == attempts:
                     run.note(error, name, branch, attempt, attempts)
-                if not is_worth_it:
-                    raise
-                if attempt == attempts:
-                    exhausted = RetryExhaustedError(f"task {name} failed in each of {attempts} attempts", attempts)
-                    run.note(exhausted, name, branch, attempt, attempts)
-                    raise exhausted from error
+                    if not is_retryable:
+                        raise
+                    text = f"task {name} failed in each of {attempts} attempts"
+                    raise run.note(RetryExhaustedError(text, attempts), name, branch, attempt, attempts) from error
                 delay = config.retry.delay(attempt, error)
             run.check_budget()  # its timer fires once, and the task may have swallowed that
             await asyncio.sleep(delay)

@@ -42,7 +42,7 @@ class Split:
     is_deferred: ClassVar[bool] = False
 
     def __init__(
-        self, branches: Sequence[Branch], join: JoinConfig[Any], note: Callable[[Exception, str, int], None]
+        self, branches: Sequence[Branch], join: JoinConfig[Any], note: Callable[[Exception, str, int], object]
     ) -> None:
         self.branches, self.join, self.note = branches, join, note
         self.loop = asyncio.get_running_loop()

@@ -1,7 +1,5 @@
 """How one task is run: retries, what is worth a retry, the time limit of an attempt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta

@@ -29,8 +29,6 @@ An exception that a task raises is never wrapped: it leaves the run as the same 
 ``__cano__``, an `ErrorContext`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -245,17 +243,17 @@ class JoinError(WorkflowError, ExceptionGroup[Exception]):
         result: The `SplitResult` with every outcome.
     """
 
-    def __new__(cls, message: str, exceptions: Sequence[Exception], _result: SplitResult | None = None) -> Self:
+    def __new__(cls, message: str, exceptions: Sequence[Exception], _result: "SplitResult | None" = None) -> Self:
         return super().__new__(cls, message, exceptions)
 
-    def __init__(self, message: str, exceptions: Sequence[Exception], result: SplitResult | None = None) -> None:
+    def __init__(self, message: str, exceptions: Sequence[Exception], result: "SplitResult | None" = None) -> None:
         ExceptionGroup.__init__(self, message, exceptions)
         self.result = result
 
     def __str__(self) -> str:
         return ExceptionGroup.__str__(self)
 
-    def derive(self, excs: Sequence[Exception]) -> JoinError:  # type: ignore[override]
+    def derive(self, excs: Sequence[Exception]) -> "JoinError":  # type: ignore[override]
         """A group of the same kind around some of its exceptions (`ExceptionGroup.split` and ``except*`` use it)."""
         part = type(self)(self.message, excs, self.result)
         part.__cano__ = self.__cano__
@@ -289,7 +287,7 @@ class RetryAfter(TaskExecutionError):
         ConfigurationError: `delay` is out of range or no duration.
     """
 
-    def __init__(self, delay: Seconds, message: str | None = None) -> None:
+    def __init__(self, delay: "Seconds", message: str | None = None) -> None:
         self.delay: float = _core.seconds("delay", delay) or 0.0
         super().__init__(message if message is not None else f"retry after {self.delay} s")
 

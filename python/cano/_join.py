@@ -1,7 +1,5 @@
 """How the branches of a split are joined."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar

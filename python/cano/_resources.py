@@ -26,6 +26,7 @@ from typing import (
     Self,
     TypeVar,
     Union,
+    cast,
     dataclass_transform,
     get_args,
     get_origin,
@@ -369,8 +370,9 @@ class FromResources:
     make one by hand; its repr shows no values.
     """
 
-    _fields: ClassVar[tuple[Field[Any], ...]] = ()
-    _wanted: ClassVar[tuple[tuple[str, object, Hashable], ...] | None] = None
+    # No annotations here: they would be read with those of a subclass.
+    _fields = cast(tuple[Field[Any], ...], ())
+    _wanted = cast(tuple[tuple[str, object, Hashable], ...] | None, None)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

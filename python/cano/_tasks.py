@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
 from weakref import WeakKeyDictionary
 
 from . import _core
@@ -29,6 +29,7 @@ from ._resources import Resources, is_a, resource_of
 S = TypeVar("S", bound=Hashable)
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _NAME_LIMIT = 128
 
@@ -55,8 +56,33 @@ def states_of(given: Iterable[S]) -> Iterable[S]:
     return given
 
 
-class _Single(Generic[S]):
-    """One next state."""
+class TaskResult(Generic[S]):
+    """What a task may return instead of a bare state."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: object) -> Self:
+        if cls is TaskResult:
+            raise ConfigurationError("a TaskResult is made by TaskResult.Single(state) or TaskResult.Split(states)")
+        return super().__new__(cls)
+
+    @staticmethod
+    def Single(state: T) -> TaskResult[T]:
+        """The next state; the same as returning it bare."""
+        return SingleResult(state)
+
+    @staticmethod
+    def Split(states: Iterable[T]) -> TaskResult[T]:
+        """One branch for each listed state, in that order; it needs a ``join=`` where the task is registered.
+
+        Raises:
+            ConfigurationError: `states` is no iterable, or a text.
+        """
+        return SplitRequest(states)
+
+
+class SingleResult(TaskResult[S]):
+    """What `TaskResult.Single` makes."""
 
     __slots__ = ("state",)
 
@@ -67,8 +93,8 @@ class _Single(Generic[S]):
         return f"TaskResult.Single({self.state!r})"
 
 
-class _Split(Generic[S]):
-    """Several states, each of which starts a branch."""
+class SplitRequest(TaskResult[S]):
+    """What `TaskResult.Split` makes."""
 
     __slots__ = ("states",)
 
@@ -77,22 +103,6 @@ class _Split(Generic[S]):
 
     def __repr__(self) -> str:
         return f"TaskResult.Split({list(self.states)!r})"
-
-
-class TaskResult(Generic[S]):
-    """What a task may return instead of a bare state.
-
-    ``TaskResult.Single(state)`` is the same as ``state``. ``TaskResult.Split([s1, s2])`` starts one branch in each listed
-    state (one per entry, in that order); it needs a ``join=`` where the task is registered.
-    """
-
-    Single = _Single
-    Split = _Split
-
-    def __new__(cls) -> TaskResult[S]:
-        raise ConfigurationError(
-            "TaskResult is not made itself; use TaskResult.Single(state) or TaskResult.Split(states)"
-        )
 
 
 # --- reading a signature ---------------------------------------------------------------------------------------------
@@ -247,7 +257,7 @@ def _declared(annotation: Any) -> tuple[Any, ...] | None:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return arguments
-    if origin is Annotated or (isinstance(origin, type) and issubclass(origin, (TaskResult, _Single))):
+    if origin is Annotated or (isinstance(origin, type) and issubclass(origin, TaskResult)):
         return _declared(arguments[0])
     if isinstance(origin, type) and issubclass(origin, (Awaitable, Coroutine)):
         return _declared(arguments[-1])

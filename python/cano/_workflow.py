@@ -12,7 +12,7 @@ from ._config import Seconds, TaskConfig
 from ._errors import ConfigurationError, WorkflowCancelledError, WorkflowError, annotate, check_text, label, show
 from ._join import JoinConfig
 from ._resources import Resources
-from ._tasks import TaskResult, prepare, prepare_branches, prepare_factory, states_of
+from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepare_factory, states_of
 
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +28,7 @@ async def _drive(run: _core.Run) -> Any:
     return await run
 
 
-_SHIMS = (prepare_branches, _drive, TaskResult.Single, TaskResult.Split)
+_SHIMS = (prepare_branches, _drive, SingleResult, SplitRequest)
 
 
 class Workflow(Generic[S]):
@@ -315,8 +315,9 @@ class Workflow(Generic[S]):
         used = run.resources
         body = _with_resources(run, used) if used._lifecycle else _drive(run)
         task: asyncio.Task[S] = loop.create_task(body, name=self._name)
-        _running.add(task)
-        task.add_done_callback(_running.discard)
+        tasks = _tasks_of(loop)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         return Run(run, task)
 
     def _run(
@@ -336,7 +337,16 @@ class Workflow(Generic[S]):
 
 
 # asyncio itself keeps only weak references to tasks.
-_running: set[asyncio.Task[Any]] = set()
+_running: dict[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]] = {}
+
+
+def _tasks_of(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+    """The started runs of a loop; those that a closed loop left behind are let go."""
+    if loop not in _running:
+        for closed in [other for other in _running if other.is_closed()]:
+            del _running[closed]
+        _running[loop] = set()
+    return _running[loop]
 
 
 class Run(Generic[S]):

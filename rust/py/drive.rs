@@ -343,7 +343,7 @@ impl Drive {
         self.retry(run, task, error)
     }
 
-    /// A plain function that lets a StopIteration out would end the run like a return; a coroutine (PEP 479) cannot.
+    /// A plain function that lets a `StopIteration` out would end the run like a return; a coroutine (PEP 479) cannot.
     fn stop_iteration(&self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
         let told = PyRuntimeError::new_err(format!("{} raised StopIteration", self.place(run)?));
         told.set_cause(run.py(), Some(error));
@@ -358,6 +358,10 @@ impl Drive {
         };
         let policy = policy.get();
         match policy.is_retryable(py, error.value(py).as_any().cast()?) {
+            // An attempt that was told to stop is the last one, whatever it made of the cancellation.
+            Ok(true) if !self.fresh && self.timer.was_cancelled(py)? => {
+                return Err(self.failed(run, Some(task), error));
+            }
             Ok(true) => {}
             Ok(false) => return Err(self.failed(run, Some(task), error)),
             Err(broken) => {
@@ -604,9 +608,22 @@ impl Drive {
     fn suspended(&mut self, run: &Bound<'_, Run>) -> PyResult<()> {
         if mem::take(&mut self.fresh) {
             let (py, env) = (run.py(), run.get().env.get());
-            self.timer.suspended(py, env, || fire(run))?;
+            let watched = self.is_repeatable(run);
+            self.timer.suspended(py, env, watched, || fire(run))?;
         }
         Ok(())
+    }
+
+    /// Whether a failure of the present task may be followed by another attempt.
+    fn is_repeatable(&self, run: &Bound<'_, Run>) -> bool {
+        let task = match &self.program {
+            Program::Branch(task) => task,
+            Program::Machine { .. } => match &run.get().env.get().table.get().states[self.state].kind {
+                Kind::Task { task, .. } => task,
+                Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => return false,
+            },
+        };
+        task.get().max_attempts() > 1
     }
 
     pub(super) fn timer_fired(&mut self, run: &Bound<'_, Run>) -> PyResult<Option<Py<PyAny>>> {

@@ -290,7 +290,11 @@ impl RunContext {
         };
         // Each part carries its length, so that no two places share a text.
         let mut text = String::new();
-        let mut add = |part: &str| text.push_str(&format!("{}:{part}", part.len()));
+        let mut add = |part: &str| {
+            text.push_str(&part.len().to_string());
+            text.push(':');
+            text.push_str(part);
+        };
         add(&id.bind(py).to_cow()?);
         let mut levels = Vec::new();
         let mut level = self.scope.as_ref();

@@ -88,7 +88,7 @@ pub(super) fn annotate(error: &PyErr, context: &Bound<'_, PyAny>) {
     }
 }
 
-/// Turns the panic of a native extension (PyO3's `PanicException`, a `BaseException`) into `TaskExecutionError`.
+/// Turns the panic of a native extension (`pyo3_runtime`'s `PanicException`, a `BaseException`) into `TaskExecutionError`.
 pub(super) fn from_panic(py: Python<'_>, error: PyErr) -> Result<PyErr, PyErr> {
     if error.is_instance_of::<PyException>(py) {
         return Err(error);

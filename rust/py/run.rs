@@ -277,7 +277,7 @@ impl Run {
         Self::resume(slf, Input::Send(value))
     }
 
-    /// Also in its three-argument form, which CPython before 3.12 uses.
+    /// Also in its three-argument form, which Python before 3.12 uses.
     #[pyo3(signature = (kind, value=None, traceback=None, /))]
     fn throw<'py>(
         slf: &Bound<'py, Self>,

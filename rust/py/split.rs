@@ -230,12 +230,12 @@ impl Split {
     }
 
     /// A branch ended: records it, and carries out what follows.
-    fn ended(&self, slf: &Bound<'_, Self>, index: usize, outcome: PyResult<Py<PyAny>>) {
-        let py = slf.py();
-        if self.record(py, index, outcome) {
+    fn ended(slf: &Bound<'_, Self>, index: usize, outcome: PyResult<Py<PyAny>>) {
+        let (py, this) = (slf.py(), slf.get());
+        if this.record(py, index, outcome) {
             Self::start(slf, false);
         }
-        self.wake(py);
+        this.wake(py);
     }
 
     /// Records how a branch ended, and cancels the rest if that decides the join. Whether the split goes on.
@@ -326,12 +326,12 @@ impl Split {
     pub(super) fn interrupt(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
         let arguments = error.value(py).getattr(intern!(py, "args"))?;
         let message = arguments.get_item(0).ok();
-        let repeated = self.state.with(py, |state| match state.interrupted {
-            Some(_) => Some(error),
-            None => {
-                state.interrupted = Some(error);
-                None
+        let repeated = self.state.with(py, |state| {
+            if state.interrupted.is_some() {
+                return Some(error);
             }
+            state.interrupted = Some(error);
+            None
         });
         drop(repeated);
         self.cancel_rest(py, message.as_ref());
@@ -422,8 +422,7 @@ impl Done {
     fn __call__(&self, task: &Bound<'_, PyAny>) {
         let py = task.py();
         let outcome = task.call_method0(intern!(py, "result")).map(Bound::unbind);
-        let split = self.split.bind(py);
-        split.get().ended(split, self.index, outcome);
+        Split::ended(self.split.bind(py), self.index, outcome);
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -130,6 +130,9 @@ struct Entry<'py>(
     Option<Bound<'py, PyAny>>, // JoinConfig
 );
 
+/// What an annotation lists: the indices of the states, and the targets for the graph.
+type Declared = (Box<[usize]>, Vec<Target>);
+
 /// Collects what is wrong with a definition while its parts are converted.
 struct Checked<'a> {
     index: &'a Index,
@@ -165,8 +168,7 @@ impl Checked<'_> {
         }
     }
 
-    /// The states that a task's annotation declares: indices, and targets for the graph.
-    fn declared(&self, task: &TaskSpec, py: Python<'_>) -> PyResult<Option<(Box<[usize]>, Vec<Target>)>> {
+    fn declared(&self, task: &TaskSpec, py: Python<'_>) -> PyResult<Option<Declared>> {
         let Some(declared) = &task.plan_ref().declared else {
             return Ok(None);
         };

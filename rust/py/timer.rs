@@ -11,7 +11,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use super::asyncio::{Asyncio, disarm};
 use super::env::Env;
-use super::errors::CancelledError;
+use super::errors::{CancelledError, WorkflowError};
 
 /// Which limit passed.
 #[derive(Clone, Copy, PartialEq)]
@@ -44,20 +44,31 @@ impl Timer {
     }
 
     /// The present phase suspends for the first time: sees to it that a timer is armed for its deadline.
+    ///
+    /// `watched`: whether somebody will ask `was_cancelled` about this phase.
     pub(super) fn suspended(
         &mut self,
         py: Python<'_>,
         env: &Env,
+        watched: bool,
         fire: impl FnOnce() -> PyResult<Py<PyAny>>,
     ) -> PyResult<()> {
-        let Some(due) = self.due(env) else {
+        let due = self.due(env);
+        if due.is_none() && !watched {
+            return Ok(());
+        }
+        if self.host.is_none() {
+            self.host = Asyncio::of(py)?.host(py)?;
+        }
+        if let Some(host) = &self.host {
+            self.cancelling = requests(host.bind(py))?;
+        }
+        let Some(due) = due else {
             return Ok(());
         };
-        let host = match &self.host {
-            Some(host) => host.bind(py),
-            None => self.host.insert(Asyncio::of(py)?.host(py)?.unbind()).bind(py),
-        };
-        self.cancelling = host.call_method0(intern!(py, "cancelling"))?.extract()?;
+        if self.host.is_none() {
+            return Err(WorkflowError::new_err("a timeout needs a running asyncio task: await the run inside one"));
+        }
         if self.handle.is_some() && self.armed_for <= due {
             return Ok(());
         }
@@ -65,6 +76,14 @@ impl Timer {
         self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
         self.armed_for = due;
         Ok(())
+    }
+
+    /// Whether somebody else asked the host to stop since the present phase first suspended.
+    pub(super) fn was_cancelled(&self, py: Python<'_>) -> PyResult<bool> {
+        match &self.host {
+            Some(host) => Ok(requests(host.bind(py))? > self.cancelling),
+            None => Ok(false),
+        }
     }
 
     /// The timer fired. Gives the task to cancel if a deadline has passed; arms itself again if it has not.
@@ -112,4 +131,9 @@ impl Timer {
         visit.call(&self.handle)?;
         visit.call(&self.host)
     }
+}
+
+/// How many cancels of the task nobody has taken back.
+fn requests(task: &Bound<'_, PyAny>) -> PyResult<i64> {
+    task.call_method0(intern!(task.py(), "cancelling"))?.extract()
 }

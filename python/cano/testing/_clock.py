@@ -50,8 +50,9 @@ class ClockStalledError(RuntimeError):
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """An asyncio event loop whose clock jumps to the next timer when nothing else is left to do.
 
-    ``await asyncio.sleep(3600)`` takes no real time, and afterwards ``loop.time()`` is exactly 3600.0. While a socket, a pipe, an
-    executor's job or a child process is in flight the loop waits in real time, so that none of them meets a false timeout.
+    ``await asyncio.sleep(3600)`` takes no real time, and afterwards ``loop.time()`` is exactly 3600.0. While a socket,
+    a pipe, an executor's job or a child process is in flight the loop waits in real time, so that none of them meets a
+    false timeout. Timers of the same deadline fire in the order in which they were set.
 
     Args:
         start: Where the clock begins, in seconds.
@@ -246,7 +247,7 @@ def run(main: Coroutine[Any, Any, _T], *, debug: bool | None = None, start: floa
         >>> run(main())
         21600.0
     """
-    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - public in all but name
+    if asyncio._get_running_loop() is not None:
         main.close()
         raise RuntimeError("run() needs a thread without a running loop; inside one, await the coroutine")
     with asyncio.Runner(debug=debug, loop_factory=partial(VirtualClockLoop, start=start)) as runner:

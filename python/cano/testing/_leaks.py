@@ -103,9 +103,8 @@ def expect_none(left: Iterable[Orphan], ignore: Iterable[Orphan] = ()) -> None:
     # By identity: two timers of the same deadline and callback are equal, and still two.
     ignored = {id(known) for known in ignore}
     ignored.add(id(_current_task()))
-    tasks = [task for task in left if _is_task(task)]
-    owned = {id(timer) for timer in left if isinstance(timer, asyncio.TimerHandle) and _has_owner(timer, tasks)}
-    orphans = [orphan for orphan in left if id(orphan) not in ignored | owned]
+    awaited = _awaited(left)
+    orphans = [orphan for orphan in left if id(orphan) not in ignored and not _is_owned(orphan, awaited)]
     if orphans:
         count = "1 orphan is" if len(orphans) == 1 else f"{len(orphans)} orphans are"
         raise AssertionError(f"{count} left:{entries(orphans)}")
@@ -120,7 +119,7 @@ def entries(orphans: Sequence[Orphan]) -> str:
 def describe(orphan: Orphan) -> str:
     """One entry of a message: what it is, its name, and where it stands, the outermost frame first."""
     if isinstance(orphan, threading.Thread):
-        frame = sys._current_frames().get(orphan.ident or 0)  # noqa: SLF001 - documented, for just this
+        frame = sys._current_frames().get(orphan.ident or 0)
         return f"thread {orphan.name!r}{_at([frame] if frame else [])}"
     if isinstance(orphan, asyncio.TimerHandle):
         return f"timer {orphan!r}"
@@ -130,10 +129,6 @@ def describe(orphan: Orphan) -> str:
     return f"task {orphan.get_name()!r} of {name}(), {state}{_at(_frames(coroutine))}"
 
 
-def _is_task(orphan: Orphan) -> bool:
-    return not isinstance(orphan, (asyncio.TimerHandle, threading.Thread))
-
-
 def _current_task() -> asyncio.Task[Any] | None:
     try:
         return asyncio.current_task()
@@ -141,15 +136,20 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-def _has_owner(timer: Any, tasks: Iterable[Any]) -> bool:
-    # asyncio.sleep, wait and wait_for have the future that the task waits for among the arguments of the timer;
-    # asyncio.timeout is the bound method of an object that knows its task.
-    timed = getattr(getattr(timer._callback, "__self__", None), "_task", None)  # noqa: SLF001
-    for task in tasks:
-        waiter = getattr(task, "_fut_waiter", None)
-        if timed is task or (waiter is not None and any(arg is waiter for arg in timer._args or ())):  # noqa: SLF001
-            return True
-    return False
+def _awaited(left: Iterable[Orphan]) -> set[int]:
+    """The identities of all tasks, and of the futures they wait for."""
+    tasks = [task for task in left if not isinstance(task, (asyncio.TimerHandle, threading.Thread))]
+    return {id(thing) for task in tasks for thing in (task, getattr(task, "_fut_waiter", None)) if thing is not None}
+
+
+def _is_owned(timer: Orphan, awaited: set[int]) -> bool:
+    # asyncio.sleep and wait have the future that the task waits for among the arguments of the timer;
+    # the timer of asyncio.timeout is the bound method of an object that knows its task.
+    if not isinstance(timer, asyncio.TimerHandle):
+        return False
+    args: Iterable[object] = getattr(timer, "_args", None) or ()
+    bound_to = getattr(getattr(timer, "_callback", None), "__self__", None)
+    return any(id(thing) in awaited for thing in (*args, getattr(bound_to, "_task", None)))
 
 
 def _frames(awaitable: object) -> Iterator[FrameType]:

@@ -1,0 +1,160 @@
+"""`versus`: contenders measured side by side, so that a ratio is of one process, one minute and one state of the machine.
+
+A benchmark names its contenders, ours first. They are measured in rounds: in every round each takes its turn, in an order
+shuffled anew, with the garbage collector off. Where other work slows the machine down it slows a whole round, and the ratios
+within the round stay what they were; the report takes their median. pytest-benchmark records ours; the samples of all, per
+operation and in the order of the rounds, go to ``extra_info`` and from there into its JSON, which `report` reads.
+
+The clock is the CPU time of the thread, read inside the coroutine: neither waiting nor entering the loop is in a sample.
+pytest-benchmark's own statistics are per sample, and entering the loop is in them.
+"""
+
+import asyncio
+import gc
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from time import perf_counter, thread_time
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benches import report
+
+Contender = Callable[[], Awaitable[Any]]
+Sampler = Callable[[], float]
+Samples = dict[str, list[float]]
+
+_SECONDS = 2.0
+"""What the rounds of one benchmark may take in all, unless that is fewer than the fewest rounds."""
+
+_FEWEST, _MOST = 9, 150
+
+_results = pytest.StashKey[list[dict[str, Any]]]()
+_environment = pytest.StashKey[dict[str, str]]()
+
+
+class Versus:
+    """Measures contenders, the first of them by way of pytest-benchmark."""
+
+    def __init__(self, benchmark: BenchmarkFixture, section: str, results: list[dict[str, Any]]) -> None:
+        self._benchmark = benchmark
+        self._section = section
+        self._results = results
+
+    def __call__(
+        self, title: str, contenders: Mapping[str, Contender], *, returns: object, calls: int = 1, per: int = 1
+    ) -> None:
+        """Compare the CPU time of an operation.
+
+        Args:
+            title: What the report calls the benchmark.
+            contenders: Coroutine functions by name.
+            returns: What each of them must return.
+            calls: How many calls make a sample; a sample should take a millisecond or more.
+            per: How many operations a call is.
+        """
+        self._record(title, "s", self._measure(contenders, returns=returns, calls=calls, per=per))
+
+    def added(
+        self, title: str, contenders: Mapping[str, tuple[Contender, Contender]], *, returns: object, per: int = 1
+    ) -> None:
+        """Compare what something adds to an operation: each contender comes with it and without."""
+        turns = {name: with_it for name, (with_it, _) in contenders.items()}
+        turns |= {f"{name}, without": without for name, (_, without) in contenders.items()}
+        samples = self._measure(turns, returns=returns, calls=1, per=per)
+        pairs = {name: zip(samples[name], samples[f"{name}, without"], strict=True) for name in contenders}
+        self._record(title, "s", {name: [one - other for one, other in pair] for name, pair in pairs.items()})
+
+    def sampled(self, title: str, samplers: Mapping[str, Sampler], *, unit: str, rounds: int) -> None:
+        """Compare what the samplers return, each of which measures by its own means: seconds ("s") or bytes ("B")."""
+        self._record(title, unit, self._play(samplers, fewest=rounds, most=rounds))
+
+    def _measure(self, contenders: Mapping[str, Contender], *, returns: object, calls: int, per: int) -> Samples:
+        with asyncio.Runner() as runner:
+
+            def sample(contender: Contender) -> float:
+                seconds, result = runner.run(_cpu_time(contender, calls))
+                assert result == returns
+                return seconds / (calls * per)
+
+            return self._play({name: partial(sample, contender) for name, contender in contenders.items()})
+
+    def _play(self, samplers: Mapping[str, Sampler], *, fewest: int = _FEWEST, most: int = _MOST) -> Samples:
+        ours, *others = samplers
+        order = [ours, *others]
+        samples: Samples = {}
+        shuffle = random.Random(1).shuffle
+
+        def play(*names: str) -> None:
+            for name in names:
+                samples.setdefault(name, []).append(samplers[name]())
+
+        def play_up_to_ours() -> None:
+            gc.collect()
+            shuffle(order)
+            play(*order[: order.index(ours)])
+
+        def play_after_ours() -> None:
+            play(*order[order.index(ours) + 1 :])
+
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            began = perf_counter()
+            play(*others)
+            if self._benchmark.disabled:
+                self._benchmark.pedantic(partial(play, ours))
+                return samples
+            play(ours)
+            samples.clear()  # that was to warm up
+            rounds = min(max(fewest, int(_SECONDS / (perf_counter() - began))), most)
+            self._benchmark.pedantic(
+                partial(play, ours), setup=play_up_to_ours, teardown=play_after_ours, rounds=rounds
+            )
+        finally:
+            gc.enable()
+            gc.unfreeze()
+        return {name: samples[name] for name in samplers}
+
+    def _record(self, title: str, unit: str, samples: Samples) -> None:
+        result = {"section": self._section, "title": title, "unit": unit, "samples": samples}
+        if self._benchmark.enabled:
+            self._benchmark.extra_info.update(result)
+            self._results.append(result)
+
+
+async def _cpu_time(contender: Contender, calls: int) -> tuple[float, Any]:
+    result = None
+    began = thread_time()
+    for _ in range(calls):
+        result = await contender()
+    return thread_time() - began, result
+
+
+@pytest.fixture
+def versus(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Versus:
+    return Versus(benchmark, request.module.SECTION, request.config.stash[_results])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_results] = []
+    config.stash[_environment] = report.environment()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["environment"] = config.stash[_environment] | report.load()
+
+
+def pytest_benchmark_group_stats(config: pytest.Config) -> list[Any] | None:
+    """Leave the table to our own, which compares with opponents, not with the fastest benchmark of all."""
+    return None if config.getoption("benchmark_compare") else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash[_results]
+    if results and not config.getoption("benchmark_json"):
+        terminalreporter.write_line("")
+        terminalreporter.write(report.text(config.stash[_environment] | report.load(), results))
