@@ -141,20 +141,23 @@ def versus(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Versu
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_results] = []
-    config.stash[_environment] = report.environment()
+    config.stash[_environment] = report.environment() | {"load before": report.load()}
+
+
+def _environment_now(config: pytest.Config) -> dict[str, str]:
+    return config.stash[_environment] | {"load after": report.load()}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["environment"] = config.stash[_environment] | report.load()
+    output_json["environment"] = _environment_now(config)
 
 
 def pytest_benchmark_group_stats(config: pytest.Config) -> list[Any] | None:
-    """Leave the table to our own, which compares with opponents, not with the fastest benchmark of all."""
+    """Leave the table to our own: it compares with opponents, not with the fastest benchmark of all."""
     return None if config.getoption("benchmark_compare") else []
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash[_results]
     if results and not config.getoption("benchmark_json"):
-        terminalreporter.write_line("")
-        terminalreporter.write(report.text(config.stash[_environment] | report.load(), results))
+        terminalreporter.write(f"\n{report.text(_environment_now(config), results)}")

@@ -1,8 +1,5 @@
 """The table of ratios: reads .benchmarks/last.json, prints it, and writes it as Markdown beside the JSON.
 
-A ratio is the median of the ratios within each round, its spread their quartiles; *best* is the ratio of the fastest samples.
-A target that is missed is marked, and nothing fails: a benchmark is not a timed test.
-
 Run it: python benches/report.py [FILE]
 """
 
@@ -12,116 +9,237 @@ import platform
 import shlex
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-OURS = "cano"
 Result = Mapping[str, Any]
+"""What one benchmark measured: section, title, unit, and samples by contender, in the order of the rounds."""
+
+OURS = "cano"
+
+METHOD = (
+    "Times are CPU time of one operation, the median of all rounds; an import is wall time.",
+    "A ratio is the median of the ratios within each round, with their quartiles; best is that of the two fastest samples.",
+    "All contenders of a row take turns in one process, in random order, with the garbage collector off.",
+    'A target marked "~" lies between the quartiles: measure again on a quieter machine.',
+)
 
 
 class Target(NamedTuple):
     """What a number must be.
 
-    The forms: "time" and "share" are ours in theirs, as a factor and in percent; "faster" is theirs in ours, at least the
-    bound; "own" is our time alone.
+    "faster" is their time in ours, and at least the bound. All others are at most: "time" and "share" are our time in theirs,
+    as a factor and in percent; "own" is our time alone.
     """
 
     form: str
     bound: float
 
-    def is_met_by(self, number: float) -> bool:
-        return number >= self.bound if self.form == "faster" else number <= self.bound
+    def verdict(self, low: float, middle: float, high: float) -> str:
+        is_met = middle >= self.bound if self.form == "faster" else middle <= self.bound
+        return ("met" if is_met else "MISSED") + (" ~" if low < self.bound < high else "")
 
     def __str__(self) -> str:
-        bound = {"own": amount(self.bound, "s"), "share": f"{self.bound:.0%}"}.get(self.form, f"{self.bound:g}x")
-        return f">= {bound} faster" if self.form == "faster" else f"<= {bound}"
+        bound = {"own": amount(self.bound, "s"), "share": f"{self.bound:.0%}"}.get(self.form, f"{self.bound:.2f}x")
+        return f"{'>=' if self.form == 'faster' else '<='} {bound}"
 
 
-TARGETS: Mapping[tuple[str, str | None], Target] = {
-    ("loop of 10,000, Enum, nothing configured", "awaited by hand"): Target("time", 1.25),
-    ("loop of 10,000, Enum, nothing configured", "pure Python"): Target("faster", 1.8),
+TARGETS: Mapping[tuple[str, str], Target] = {
+    ("loop of 10,000, Enum", "awaited by hand"): Target("time", 1.25),
+    ("loop of 10,000, Enum", "pure Python"): Target("faster", 1.8),
     ("loop of 10,000, Enum, retry and attempt timeout", "pure Python"): Target("faster", 6),
-    ("attempt timeout, of a task that returns at once", "asyncio.timeout"): Target("share", 0.05),
-    ("attempt timeout, of a task that suspends once", "asyncio.timeout"): Target("share", 0.15),
+    ("added to a task that returns at once", "asyncio.timeout"): Target("share", 0.05),
+    ("added to a task that suspends once", "asyncio.timeout"): Target("share", 0.15),
     ("1,000 branches that return at once", "asyncio.gather"): Target("faster", 1.15),
     ("1,000 branches that sleep(0)", "asyncio.gather"): Target("faster", 1.15),
-    ("1,000 branches that wait for a future", "asyncio.gather"): Target("faster", 1.15),
-    ("five states, prebuilt", None): Target("own", 3e-6),
-    ("five states, constructed and run", None): Target("own", 20e-6),
-    ("import cano, asyncio being imported", None): Target("own", 30e-3),
+    ("1,000 branches that await a future", "asyncio.gather"): Target("faster", 1.15),
+    ("five states, prebuilt", OURS): Target("own", 3e-6),
+    ("five states, constructed and run", OURS): Target("own", 20e-6),
+    ("import cano, asyncio being imported", OURS): Target("own", 30e-3),
 }
 
 
 class Row(NamedTuple):
     benchmark: str
     ours: str
-    opponent: str
-    theirs: str
-    ratio: str
-    spread: str
-    best: str
-    target: str
-    verdict: str
+    opponent: str = ""
+    theirs: str = ""
+    ratio: str = ""
+    spread: str = ""
+    best: str = ""
+    target: str = ""
+    verdict: str = ""
 
 
-HEADINGS = Row("", OURS, "opponent", "opponent's", "cano is", "quartiles", "best", "target", "")
-RIGHT = (1, 3, 4, 5, 6)
-"""The columns that are aligned to the right."""
+HEADINGS = Row("", OURS, "opponent", "its time", "cano", "quartiles", "best", "target")
+ALIGNED = "<><>>>><<"
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def amount(number: float, unit: str) -> str:
-    """Three digits and a unit, from seconds ("s") or bytes ("B")."""
-    scales = (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0)) if unit == "s" else (("B", 1.0), ("kB", 1e3), ("MB", 1e6))
-    name, scale = next(((name, scale) for name, scale in scales if abs(number) < 999.5 * scale), scales[-1])
-    return f"{_digits(number / scale)} {name}"
+    """Three digits and a unit, of seconds ("s") or bytes ("B")."""
+    scales = {"s": (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0)), "B": (("B", 1.0), ("kB", 1e3), ("MB", 1e6))}
+    name, scale = next((it for it in scales[unit] if abs(number) < 999.5 * it[1]), scales[unit][-1])
+    return f"{three_digits(number / scale)} {name}"
 
 
-def _digits(number: float) -> str:
+def three_digits(number: float) -> str:
     return f"{number:.{0 if abs(number) >= 99.5 else 1 if abs(number) >= 9.95 else 2}f}"
 
 
-def _quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else numbers * 3
+def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else list(numbers) * 3
     return low, middle, high
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+def ratios(ones: Iterable[float], others: Iterable[float]) -> list[float]:
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def rows(result: Result) -> Iterator[Row]:
-    """One row for each opponent, and one before them where there is none, or a target for our own time."""
+    """A row for each opponent, after one for our own time if that has a target."""
     title, unit, samples = result["title"], result["unit"], result["samples"]
-    target = TARGETS.get((title, None))
-    ours = amount(median(samples[OURS]), unit)
-    if target or len(samples) == 1:
-        low, middle, high = _quartiles(samples[OURS])
-        spread, best = f"{amount(low, unit)} - {amount(high, unit)}", amount(min(samples[OURS]), unit)
-        yield Row(title, ours, "", "", "", spread, best, str(target or ""), _verdict(target, low, middle, high))
-        title = ours = ""
-    for opponent in list(samples)[1:]:
-        yield Row(title, ours, *_compare(result, opponent))
-        title = ours = ""
+    first = Row(title, amount(median(samples[OURS]), unit))
+    if (title, OURS) in TARGETS:
+        yield _own_row(first, TARGETS[title, OURS], samples[OURS], unit)
+        first = Row("", "")
+    for opponent, theirs in samples.items():
+        if opponent != OURS:
+            row = first._replace(opponent=opponent, theirs=amount(median(theirs), unit))
+            yield _ratio_row(row, TARGETS.get((title, opponent)), samples[OURS], theirs, unit)
+            first = Row("", "")
 
 
-def _compare(result: Result, opponent: str) -> tuple[str, ...]:
-    unit, ours, theirs = result["unit"], result["samples"][OURS], result["samples"][opponent]
-    target = TARGETS.get((result["title"], opponent))
-    is_share = target is not None and target.form == "share"
-    is_faster = not is_share and median(one / other for one, other in zip(theirs, ours, strict=True)) >= 1
-    if target is not None and target.form == "faster":
-        is_faster = True
-    if target is not None and target.form == "time":
-        is_faster = False
-    words = {"s": ("faster", "the time"), "B": ("smaller", "the size")}[unit]
-    pairs = list(zip(theirs, ours, strict=True) if is_faster else zip(ours, theirs, strict=True))
-    low, middle, high = _quartiles([one / other for one, other in pairs])
-    best = min(theirs) / min(ours) if is_faster else min(ours) / min(theirs)
-    ...
+def _own_row(row: Row, target: Target, ours: Sequence[float], unit: str) -> Row:
+    low, middle, high = quartiles(ours)
+    return row._replace(
+        spread=f"{amount(low, unit)} - {amount(high, unit)}",
+        best=amount(min(ours), unit),
+        target=str(target),
+        verdict=target.verdict(low, middle, high),
+    )
+
+
+def _ratio_row(row: Row, target: Target | None, ours: Sequence[float], theirs: Sequence[float], unit: str) -> Row:
+    form = target.form if target else "faster" if median(ratios(theirs, ours)) >= 1 else "time"
+    one, other = (theirs, ours) if form == "faster" else (ours, theirs)
+    low, middle, high = quartiles(ratios(one, other))
+    if target:
+        row = row._replace(target=str(target), verdict=target.verdict(low, middle, high))
+    if form == "share":  # of differences, of which the smallest say nothing
+        return row._replace(ratio=f"{middle:.1%} of it", spread=f"{low:.1%} - {high:.1%}")
+    less, more = {"s": ("faster", "the time"), "B": ("smaller", "the size")}[unit]
+    return row._replace(
+        ratio=f"{three_digits(middle)}x {less if form == 'faster' else more}",
+        spread=f"{three_digits(low)} - {three_digits(high)}",
+        best=three_digits(min(one) / min(other)),
+    )
+
+
+def sections(results: Iterable[Result]) -> dict[str, list[Row]]:
+    """The rows of all benchmarks, by section."""
+    table: dict[str, list[Row]] = {}
+    for result in results:
+        table.setdefault(result["section"], []).extend(rows(result))
+    return table
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """How many targets there are, how many were met, and which were not."""
+    judged = {(result["title"], row.opponent or OURS): row for result in results for row in rows(result) if row.verdict}
+    lines = [f"{sum(row.verdict.startswith('met') for row in judged.values())} of {len(TARGETS)} targets met."]
+    for title, opponent in TARGETS:
+        row = judged.get((title, opponent))
+        name = title if opponent == OURS else f"{title}, against {opponent}"
+        if row is None:
+            lines.append(f"not measured: {name}")
+        elif row.verdict.startswith("MISSED"):
+            lines.append(f"{row.verdict}: {name}: {row.ratio or row.ours}, should be {row.target}")
+    return "\n".join(lines)
+
+
+def text(environment: Mapping[str, str], results: Sequence[Result]) -> str:
+    """The environment, the table and the verdict as plain text."""
+    table = sections(results)
+    every = [HEADINGS, *(row for part in table.values() for row in part)]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+
+    def line(row: Row) -> str:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, ALIGNED, widths, strict=True))
+        return "  ".join(cells).rstrip()
+
+    lines = [f"{name:{max(map(len, environment))}}  {value}" for name, value in environment.items()]
+    lines += ["", *METHOD, "", line(HEADINGS)]
+    for section, part in table.items():
+        lines += ["", section.upper(), *map(line, part)]
+    return "\n".join([*lines, "", verdict(results), ""])
+
+
+def markdown(environment: Mapping[str, str], results: Sequence[Result]) -> str:
+    """The same as Markdown, without the verdict."""
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    lines = [*(f"- {name}: {value}" for name, value in environment.items()), "", *METHOD, ""]
+    lines += [line(HEADINGS), line({"<": ":--", ">": "--:"}[side] for side in ALIGNED)]
+    for section, part in sections(results).items():
+        lines += [line(Row(f"**{section}**", "")), *map(line, part)]
+    return "\n".join([*lines, ""])
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    flags = str(sysconfig.get_config_var("CONFIG_ARGS") or "")
+    optimised = " ".join(
+        f"{'with' if flag in flags else 'without'} {name}"
+        for flag, name in (("--enable-optimizations", "PGO"), ("--with-lto", "LTO"))
+    )
+    return {
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "cano": version("cano"),
+        "Python": f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}, {optimised}",
+        "machine": f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+    }
+
+
+def load() -> str:
+    """How many threads wanted to run in the last 1, 5 and 15 minutes, on average."""
+    return " ".join(f"{average:.1f}" for average in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def main(path: Path) -> None:
+    """Print the report of one JSON file, and write it as Markdown beside."""
+    if not path.exists():
+        print(f"{path} does not exist; `make bench` writes it")
+        return
+    run = json.loads(path.read_text(encoding="utf-8"))
+    results = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    path.with_name("report.md").write_text(markdown(run["environment"], results), encoding="utf-8")
+    print(text(run["environment"], results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".benchmarks/last.json"))

@@ -55,7 +55,7 @@ running: set[Run[State]] = set()
 
 
 async def parse(store: Store) -> Literal[State.ANALYSE, State.INVALID, State.OVERLOADED]:
-    if len(running) > CAPACITY:
+    if store.get("crowded", bool):
         store.put("answer", {"error": "too many requests at once, try again later"})
         return State.OVERLOADED
     try:
@@ -108,6 +108,7 @@ workflow.validate()  # here, so that a mistake in the definition shows before th
 async def analyse(request: Request) -> Response:
     store = MemoryStore()
     store.put("body", await request.body())
+    store.put("crowded", len(running) >= CAPACITY)
     run = workflow.start(State.PARSE, resources={"store": store})
     running.add(run)
     async with asyncio.TaskGroup() as group:

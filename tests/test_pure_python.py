@@ -210,12 +210,16 @@ class Traced(Exception):
     pass
 
 
+async def traced():
+    raise Traced
+
+
 @pytest.mark.parametrize(
     "workflow",
     [
-        one_task(lambda: value(Traced())()),
-        one_task(lambda: value(Traced())(), config=TaskConfig(retry=NO_DELAY, attempt_timeout=1)),
-        split([lambda: value(Traced())()] * 3).register(S.JOINED, go(S.DONE)),
+        one_task(traced),
+        one_task(traced, config=TaskConfig(retry=NO_DELAY, attempt_timeout=1)),
+        split([traced] * 3).register(S.JOINED, go(S.DONE)),
     ],
     ids=["task", "retry", "split"],
 )

@@ -370,6 +370,22 @@ class TestConftest:
 
         result.assert_outcomes(passed=4)
 
+    @pytest.mark.realtime
+    def test_real_time_test_may_fade_out(self, pytester: pytest.Pytester) -> None:
+        """What a real-time test leaves may end by itself within a second."""
+        pytester.makepyfile("""
+            import asyncio
+            import pytest
+
+            @pytest.mark.realtime
+            async def test_far_side():
+                test_far_side.task = asyncio.create_task(asyncio.sleep(0.02))
+        """)
+
+        result = pytester.runpytest_inprocess()
+
+        result.assert_outcomes(passed=1)
+
     @pytest.mark.parametrize(
         ("option", "plain", "realtime", "virtual"),
         [

@@ -29,6 +29,9 @@ __version__: Final[str]
 _T = TypeVar("_T")
 _D = TypeVar("_D")
 
+@overload
+def seconds(name: str, value: Seconds, /) -> float: ...
+@overload
 def seconds(name: str, value: Seconds | None, /) -> float | None: ...
 
 @final

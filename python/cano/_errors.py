@@ -288,7 +288,9 @@ class RetryAfter(TaskExecutionError):
     """
 
     def __init__(self, delay: "Seconds", message: str | None = None) -> None:
-        self.delay: float = _core.seconds("delay", delay) or 0.0
+        if delay is None:
+            raise ConfigurationError("delay must be seconds as a number or a timedelta, got None")
+        self.delay: float = _core.seconds("delay", delay)
         super().__init__(message if message is not None else f"retry after {self.delay} s")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -400,17 +400,32 @@ def in_thread(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
 async def _in_pool(work: Callable[[], R]) -> R:
     """Run `work` in a thread; a cancellation drops it if it has not started, else waits until it is over."""
     turn = threading.Lock()
+    values: list[R] = []
+    errors: list[BaseException] = []
 
-    def take_turn() -> R:
+    def take_turn() -> None:
         # Whoever takes the lock first, the thread or the cancellation, decides whether the work is done; it keeps it.
         if not turn.acquire(blocking=False):
-            raise asyncio.CancelledError
+            return
         try:
-            return work()
-        except StopIteration as error:  # no future can hold one; a coroutine (PEP 479) does the same
-            raise RuntimeError("the function raised StopIteration") from error
+            values.append(work())
+        except BaseException as error:  # noqa: BLE001 - a future would change some of them on their way
+            errors.append(error)
 
     future = asyncio.get_running_loop().run_in_executor(_threads.pool(), take_turn)
+    try:
+        await _to_the_end(future, turn)
+        if not errors:
+            return values[0]
+        if isinstance(errors[0], StopIteration):  # a coroutine cannot let one out (PEP 479)
+            raise RuntimeError("the function raised StopIteration") from errors[0]  # noqa: TRY004
+        raise errors[0]
+    finally:
+        errors.clear()  # an exception's traceback holds this frame, which must not hold the exception
+
+
+async def _to_the_end(future: asyncio.Future[None], turn: threading.Lock) -> None:
+    """Wait for work that cannot be interrupted; a cancellation goes on once it is over, or if it has not begun."""
     cancelled: asyncio.CancelledError | None = None
     try:
         while not future.done():
@@ -422,8 +437,6 @@ async def _in_pool(work: Callable[[], R]) -> R:
                     raise
                 cancelled = cancelled or error
         if cancelled is not None:
-            future.exception()  # retrieved: the cancellation takes its place
             raise cancelled
-        return future.result()
     finally:
-        del future, cancelled  # an exception's traceback holds this frame, which must not hold the exception
+        del cancelled

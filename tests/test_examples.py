@@ -1,0 +1,474 @@
+"""Every example runs, and what it prints or answers is checked."""
+
+import asyncio
+import json
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from cano import WorkflowCancelledError, testing
+from examples import ad_exchange, service
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STRICT = ("-W", "error")  # a warning would show on stderr, which must stay empty
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"
+}  # too slow for budgets
+posix = pytest.mark.skipif(os.name == "nt", reason="needs terminals, or Ctrl-C for another process")
+
+
+def start(name: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start an example as a newcomer does."""
+    command = [sys.executable, *STRICT, str(EXAMPLES / name), *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT} | options
+    process: subprocess.Popen[str] = subprocess.Popen(command, text=True, **pipes)  # noqa: S603 - our own examples
+    return process
+
+
+def run(name: str, *arguments: object, status: int = 0) -> str:
+    """Run an example to its end; a good end is quiet on stderr."""
+    with start(name, *arguments) as process:
+        output, errors = process.communicate(timeout=19)
+    assert process.returncode == status, errors
+    assert status or not errors
+    return output + errors
+
+
+# --- the short ones --------------------------------------------------------------------------------------------------
+
+OUTPUT = {
+    "hello": """\
+        hello,
+        world
+        State.DONE
+        """,
+    "split_join": """\
+        total       55  after 0.3 s
+        largest     10  after 0.1 s
+        mean       5.5  after 0.2 s
+        State.DONE
+        """,
+    "join_strategies": """\
+        All               after 0.50 s  JoinError: b is down
+        Any               after 0.10 s  got a         failed -  cancelled b c d e
+        Quorum(2)         after 0.30 s  got a c       failed b  cancelled d e
+        Percentage(0.8)   after 0.50 s  got a c d e   failed b  cancelled -
+        PartialResults(3) after 0.30 s  got a c       failed b  cancelled d e
+        PartialTimeout    after 0.35 s  got a c       failed b  cancelled d e
+        """,
+    "bulkhead": """\
+        job 1  0.0 s to 0.2 s  ####
+        job 2  0.0 s to 0.2 s  ####
+        job 3  0.2 s to 0.4 s      ####
+        job 4  0.2 s to 0.4 s      ####
+        job 5  0.4 s to 0.6 s          ####
+        job 6  0.4 s to 0.6 s          ####
+        job 7  0.6 s to 0.8 s              ####
+        job 8  0.6 s to 0.8 s              ####
+        State.DONE
+        """,
+    "timeout": """\
+        a run that may take 2 s:
+          fetch, attempt 1: would take 1.0 s, may take 0.2 s
+          fetch, attempt 2: would take 1.0 s, may take 0.2 s
+          fetch, attempt 3: would take 0.05 s, may take 0.2 s
+          store: takes 0.5 s, 1.4 s are left of the run
+          State.DONE
+        the same, but it may take 0.8 s:
+          fetch, attempt 1: would take 1.0 s, may take 0.2 s
+          fetch, attempt 2: would take 1.0 s, may take 0.2 s
+          fetch, attempt 3: would take 0.05 s, may take 0.2 s
+          store: takes 0.5 s, 0.2 s are left of the run
+          WorkflowTimeoutError in State.STORE: the run took 0.800 s of the 0.8 s it was given
+        """,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_short_example_output(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the virtual clock a short example prints exactly this, times included."""
+    monkeypatch.setattr(asyncio, "run", testing.run)
+
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+    assert capsys.readouterr().out == dedent(OUTPUT[name])
+
+
+def test_validation_output() -> None:
+    """The broken definition is refused with all of its problems at once, the other one is not."""
+    first, *lines = run("validation.py").splitlines()
+
+    problems = [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
+    assert first == f"workflow broken has {len(problems)} problems:"
+    assert {
+        "state VALIDATE leads to REJECTED, which is neither registered nor an exit state",
+        "state CHARGE leads to SHIP, which is neither registered nor an exit state",
+        "state WAIT cannot be reached from the initial state",
+        "the split in state PRICE: Quorum(3) cannot be reached: the split has 2 branches",
+    } <= set(problems)
+    assert "order is valid and can start in VALIDATE" in lines
+    assert "WAIT" in lines[-1]
+    assert lines[-1].endswith("is neither registered nor an exit state")
+
+
+@pytest.mark.realtime
+@pytest.mark.parametrize("name", OUTPUT)
+def test_short_example_as_a_script(name: str) -> None:
+    """On the real clock a short example says as many lines, and nothing on stderr."""
+    assert len(run(f"{name}.py").splitlines()) == len(OUTPUT[name].splitlines()) - 1
+
+
+# --- ad_exchange -----------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """The two tables that the exchange prints, as numbers."""
+
+    def __init__(self, output: str) -> None:
+        self.outcomes: dict[str, int] = {}
+        self.bidders: dict[str, dict[str, int]] = {}
+        kinds: list[str] = []
+        for line in output.splitlines():
+            match re.split(r"\s{2,}", line.strip()):
+                case ["outcome" | "bidder" as what, *heads]:
+                    kinds = heads[:-1] if what == "bidder" else []
+                case [name, count, *_] if not kinds and re.fullmatch(r"[A-Z_]+|all", name):
+                    self.outcomes[name] = int(count)
+                case [name, *counts] if kinds and len(counts) == len(kinds) + 1:
+                    self.bidders[name] = dict(zip(kinds, map(int, counts[:-1]), strict=True))
+        self.all = self.outcomes.pop("all")
+
+    def check(self) -> None:
+        assert list(self.outcomes) == ["SOLD", "UNSOLD", "TIMED_OUT", "FAILED"]
+        assert list(self.bidders) == ["swift", "steady", "picky", "flaky", "sleepy"]
+        assert sum(self.outcomes.values()) == self.all
+        assert sum(bidder["wins"] for bidder in self.bidders.values()) == self.outcomes["SOLD"]
+        asked = {bidder["asked"] for bidder in self.bidders.values()}
+        assert len(asked) == 1
+        assert self.outcomes["SOLD"] + self.outcomes["UNSOLD"] <= asked.pop() <= self.all
+        for bidder in self.bidders.values():
+            assert bidder["asked"] == sum(bidder[kind] for kind in ("bids", "no bid", "errors", "timeouts"))
+            assert bidder["wins"] <= bidder["bids"]
+
+
+@pytest.mark.realtime
+def test_ad_exchange_numbers() -> None:
+    """Each auction ends in one exit state; the slow bidder has timeouts, the failing one errors; plain text without a TTY."""
+    output = run("ad_exchange.py", "--seconds", 1, "--rate", 20)
+
+    report = Report(output)
+    report.check()
+    assert report.all == 20
+    assert report.bidders["sleepy"]["timeouts"] > 0
+    assert report.bidders["flaky"]["errors"] > 0
+    assert report.outcomes["SOLD"] > 0
+    assert "\x1b" not in output
+    assert "\r" not in output
+
+
+@pytest.mark.realtime
+@posix
+def test_ad_exchange_interrupted() -> None:
+    """Ctrl-C ends the trading at once, and the table so far is printed."""
+    with start("ad_exchange.py", "--seconds", 60, start_new_session=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(" 1."):
+            pass
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        rest, errors = process.communicate(timeout=5)
+
+    report = Report(rest)
+    report.check()
+    assert (process.returncode, errors) == (0, "")
+    assert 0 < report.all < 100
+
+
+@pytest.mark.realtime
+@posix
+def test_ad_exchange_in_a_terminal() -> None:
+    """In a terminal the board is redrawn in place while the auctions run, and then printed once."""
+    terminal = {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
+    leader, follower = os.openpty()
+    with os.fdopen(leader, "rb", buffering=0) as screen:
+        process = start("ad_exchange.py", "--seconds", 1, stdout=follower, stderr=follower, env=ENVIRONMENT | terminal)
+        os.close(follower)
+        shown = bytearray()
+        with process, suppress(OSError):  # which is how Linux says that nobody has the other end any more
+            while chunk := screen.read(65536):
+                shown += chunk
+
+    drawn, _, final = shown.decode().rpartition("\x1b[?25h")  # the cursor is back
+    assert process.returncode == 0
+    assert drawn.count("auctions in flight") >= 3
+    assert "\x1b[1A" in drawn
+    Report(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", final)).check()
+
+
+@pytest.mark.parametrize("arguments", [("--rate", 0), ("--rate", 201), ("--seconds", -1), ("--seconds", "nan")])
+def test_ad_exchange_bounds(arguments: tuple[object, ...]) -> None:
+    """A load that is not bounded is refused before anything starts."""
+    assert "must be above 0" in run("ad_exchange.py", *arguments, status=2)
+
+
+BROKEN = HTTPStatus.INTERNAL_SERVER_ERROR
+SILENT = HTTPStatus.NO_CONTENT
+
+
+class Market:
+    """Stands for the servers: answers at once, but for what a test says."""
+
+    def __init__(self, **manners: float | HTTPStatus) -> None:
+        self.manners = manners
+        self.ledger: list[dict[str, object]] = []
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        what = request.url.path.split("/")[1]
+        manner = self.manners.get(request.url.host if what == "bid" else what, 0.0)
+        if isinstance(manner, HTTPStatus):
+            return httpx.Response(manner)
+        await asyncio.sleep(manner)
+        match what:
+            case "ledger":
+                self.ledger.append(json.loads(request.content))
+                return httpx.Response(204)
+            case "bid":
+                return httpx.Response(200, json={"price": len(request.url.host), "topic": "news"})
+        return httpx.Response(200, json={"topic": "sport"})
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize(
+    ("manners", "outcome", "took", "shows"),
+    [
+        ({}, "SOLD", 0.0, "steady: news"),
+        ({"steady": 0.3, "sleepy": 0.199}, "SOLD", 0.2, "sleepy: news"),
+        ({"steady": BROKEN, "sleepy": SILENT}, "SOLD", 0.0, "swift: news"),
+        (dict.fromkeys(ad_exchange.NAMES, SILENT), "UNSOLD", 0.0, None),
+        (dict.fromkeys(ad_exchange.NAMES, BROKEN), "FAILED", 0.0, "house ad"),
+        (dict.fromkeys(ad_exchange.NAMES, 0.3), "TIMED_OUT", 0.2, "house ad"),
+        ({"users": 0.15}, "TIMED_OUT", 0.1, "house ad"),
+        ({"pages": BROKEN}, "FAILED", 0.0, "house ad"),
+        ({"win": BROKEN}, "FAILED", 0.0, "house ad"),
+        ({"win": 0.5}, "TIMED_OUT", 0.1, "house ad"),
+        ({"users": 0.15, "ledger": BROKEN}, "TIMED_OUT", 0.1, "house ad"),
+    ],
+)
+async def test_ad_exchange_outcome(
+    manners: dict[str, float | HTTPStatus], outcome: str, took: float, shows: str | None
+) -> None:
+    """What the servers do decides the exit state, when it is reached, and what is shown."""
+    market = Market(**manners)
+    exchange = ad_exchange.make_exchange({name: f"http://{name}" for name in ad_exchange.NAMES})
+    auction = ad_exchange.Auction(1, user=1, page=1, floor=1)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+
+    async with httpx.AsyncClient(base_url="http://services", transport=httpx.MockTransport(market.answer)) as client:
+        state = await ad_exchange.hold(exchange, auction, client)
+
+    assert state.name == outcome
+    assert loop.time() - start == pytest.approx(took)
+    assert auction.shows == shows
+
+
+# --- word_count ------------------------------------------------------------------------------------------------------
+
+
+def test_word_count_of_a_small_folder(tmp_path: Path) -> None:
+    """The counts are right, and what cannot be read is reported."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("The cat and the dog.\nThe end", encoding="utf-8")
+    (tmp_path / "deep" / "b.md").write_text("the DOG", encoding="utf-8")
+    (tmp_path / "broken.txt").write_bytes(b"the \xff\xfe")
+    (tmp_path / "image.png").write_bytes(b"the the the")
+    missing = tmp_path / "missing.txt"
+
+    output = run("word_count.py", tmp_path, missing)
+
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE))
+    assert counts == {"the": "4", "dog": "2", "cat": "1", "and": "1", "end": "1"}
+    assert "9 words, 5 different, in 2 of 4 files" in output
+    assert re.search(r"^skipped .*broken\.txt: 'utf-8' codec can't decode", output, re.MULTILINE)
+    assert re.search(r"^skipped .*missing\.txt: .*No such file", output, re.MULTILINE)
+    assert "\x1b" not in output
+
+
+def test_word_count_of_nothing(tmp_path: Path) -> None:
+    """A folder without text files is an exit state of its own, and an exit status."""
+    assert run("word_count.py", tmp_path, status=1) == "no text files found\n"
+
+
+@pytest.mark.realtime
+def test_word_count_of_the_standard_library() -> None:
+    """Over 300 real files the totals are those of a plain loop."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.parts][:300]
+    words: Counter[str] = Counter()
+    readable = 0
+    for path in files:
+        with suppress(UnicodeDecodeError):
+            words.update(re.findall(r"[a-z]{2,}", path.read_text(encoding="utf-8").lower()))
+            readable += 1
+
+    output = run("word_count.py", *files)
+
+    assert f"{words.total():,} words, {len(words):,} different, in {readable} of 300 files" in output
+    for word, count in words.most_common(19):
+        assert re.search(rf"^{word} +{count:,}$", output, re.MULTILINE)
+
+
+@pytest.mark.realtime
+def test_word_count_out_of_time() -> None:
+    """When the time is up, it reports what has been counted and what has not."""
+    output = run("word_count.py", "--timeout", 0.2)
+
+    found = re.search(r"in (\d+) of (\d+) files", output.replace(",", ""))
+    assert found is not None
+    assert int(found[1]) < int(found[2])
+    assert "not done in time" in output
+    assert re.search(r"^\.\.\. and [\d,]+ more$", output, re.MULTILINE)
+
+
+# --- service ---------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the service, which runs on a real server; when it has stopped, no run is left."""
+    service.outcomes.clear()
+    server = uvicorn.Server(uvicorn.Config(service.app, log_level="warning", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.serve(sockets=[listener]))
+            async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
+                yield client
+            server.should_exit = True
+    assert not service.running
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.realtime
+async def test_service_answers_many_at_once() -> None:
+    """200 requests at once: each gets the answer to its own text."""
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        text = f"Request {number} " + "again " * number
+        answer = await client.post("/analyse", json={"text": text, "pause": 0.05})
+        found = answer.json()
+        assert answer.status_code == 200
+        assert found["count"] == number + 2
+        assert dict(found["frequent"])["again"] == number
+        assert found["summary"].split()[:2] == ["request", str(number)]
+
+    async with serving() as client:
+        async with asyncio.TaskGroup() as group:
+            for number in range(1, 201):
+                group.create_task(ask(client, number))
+        outcomes = (await client.get("/outcomes")).json()
+
+    assert outcomes == {"running": 0, "DONE": 200}
+
+
+@pytest.mark.realtime
+async def test_service_status() -> None:
+    """The exit state decides the status; a run over its budget is a 504."""
+    bodies = {
+        200: [b'{"text": "one two two"}', b'{"text": ""}', b'{"text": "one", "pause": 0.1}'],
+        422: [b'{"text": 1}', b'{"text": "one", "pause": "long"}', b'{"text": "one", "pause": -1}', b"[]", b"{", b""],
+        504: [b'{"text": "one", "pause": 10}'],
+    }
+    bodies[422] += [b"\xff", b"[" * 100_000, b'{"text": "one", "pause": NaN}']
+
+    async with serving() as client:
+        for status, several in bodies.items():
+            for body in several:
+                answer = await client.post("/analyse", content=body)
+                assert (body[:40], answer.status_code) == (body[:40], status)
+                assert ("error" in answer.json()) == (status != 200)
+
+    assert service.outcomes == {"DONE": 3, "INVALID": 9, "TIMED_OUT": 1}
+
+
+@pytest.mark.realtime
+async def test_service_overloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above its capacity the service refuses with 503, and only what is above."""
+    monkeypatch.setattr(service, "CAPACITY", 3)
+    body = {"text": "one", "pause": 0.5}
+
+    async with serving() as client:
+        answers = await asyncio.gather(*(client.post("/analyse", json=body) for _ in range(10)))
+
+    assert Counter(answer.status_code for answer in answers) == {200: 3, 503: 7}
+
+
+@pytest.mark.realtime
+async def test_service_client_hangs_up() -> None:
+    """A client that hangs up cancels its run, at once and with everything in it, and no other run."""
+    async with serving() as client:
+        before = asyncio.all_tasks()
+        staying = asyncio.create_task(client.post("/analyse", json={"text": "stay", "pause": 1}))
+        leaving = asyncio.create_task(client.post("/analyse", json={"text": "leave", "pause": 1.5}))
+        await until(lambda: [run.state for run in service.running] == [service.State.ANALYSE] * 2)
+        runs = set(service.running)
+
+        leaving.cancel()
+        await until(lambda: service.outcomes)
+
+        (gone,) = runs - service.running
+        assert service.outcomes == {"CANCELLED": 1}
+        assert gone.done()
+        with pytest.raises(WorkflowCancelledError) as caught:
+            await gone
+        assert caught.value.reason == "the client hung up"
+        assert (await staying).json()["summary"] == "stay"
+        assert service.outcomes == {"CANCELLED": 1, "DONE": 1}
+        await until(lambda: asyncio.all_tasks() <= before)
+
+
+@pytest.fixture
+def script() -> Iterator[str]:
+    """The service as `python examples/service.py` runs it; Ctrl-C ends it."""
+    with start("service.py", "--port", 0, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        log = ""
+        while (found := re.search(r"running on (http://\S+)", log)) is None:
+            line = process.stderr.readline()
+            assert line, log
+            log += line
+        yield found[1]
+        process.send_signal(signal.SIGINT)
+        log += process.stderr.read()
+    assert process.returncode == 0
+    assert "Finished server process" in log
+    assert "Error" not in log
+
+
+@pytest.mark.realtime
+@posix
+def test_service_as_a_script(script: str) -> None:
+    """`python examples/service.py` serves, and stops in good order."""
+    answer = httpx.post(f"{script}/analyse", json={"text": "one two two"}, trust_env=False)
+
+    assert answer.json() == {"count": 3, "frequent": [["two", 2], ["one", 1]], "summary": "one two two"}
+    assert httpx.get(f"{script}/outcomes", trust_env=False).json() == {"running": 0, "DONE": 1}
