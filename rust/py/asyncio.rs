@@ -1,5 +1,6 @@
 //! The few names of asyncio that the driver calls, looked up once per process.
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -47,10 +48,13 @@ impl Asyncio {
         self.copy_context.bind(py).call0()
     }
 
-    /// The task that is running now, if any.
+    /// The task that is running now, if any; without a running loop there is none.
     pub(super) fn host(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        let task = self.current_task.bind(py).call0()?;
-        Ok((!task.is_none()).then(|| task.unbind()))
+        match self.current_task.bind(py).call0() {
+            Ok(task) => Ok((!task.is_none()).then(|| task.unbind())),
+            Err(error) if error.is_instance_of::<PyRuntimeError>(py) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
