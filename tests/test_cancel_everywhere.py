@@ -8,7 +8,6 @@ the clean-up. After each run the same invariants hold, whatever the shape: see `
 
 import asyncio
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -704,12 +703,6 @@ class ByScope(Trial):
     def allowed(self) -> list[tuple[Any, ...]]:
         texts = {args for args in self.ledger.messages if args and str(args[0]).startswith("Cancelled")}
         return [*super().allowed, *texts]
-
-
-@pytest.fixture(autouse=True)
-def _quiet_tear_down(caplog: pytest.LogCaptureFixture) -> None:
-    """A resource whose tear-down is cancelled is no error, so none is logged."""
-    caplog.set_level(logging.ERROR, logger="cano")
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------

@@ -881,6 +881,33 @@ async def test_outer_cancel_reaches_every_branch_with_its_message():
     assert seen == [("first",), 1, ("second",)]
 
 
+@pytest.mark.parametrize("is_branch", [False, True], ids=["run", "branch"])
+async def test_attempt_that_was_cancelled_is_the_last(is_branch):
+    """A task that turns its cancellation into a failure is not tried again."""
+    calls = []
+
+    class Stubborn:
+        config = TaskConfig(retry=NO_DELAY)
+
+        async def run(self):
+            calls.append(1)
+            try:
+                await asyncio.sleep(9)
+            except asyncio.CancelledError:
+                raise BAD from None
+
+    if is_branch:
+        assert ends(await joined(split([Stubborn(), A], Any))) == ({0: BAD, 1: "a"}, [])
+    else:
+        run = asyncio.create_task(one_task(Stubborn()).orchestrate(S.START))
+        await asyncio.sleep(0)
+        run.cancel()
+        with pytest.raises(ValueError, match="bad"):
+            await run
+
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("passes", [0, 1, 2])
 async def test_outer_cancel_at_any_pass_of_the_loop(passes):
     """A cancel before the branches' first step, at it or after it leaves nothing behind."""

@@ -464,11 +464,12 @@ def test_long_names_of_functions_are_cut():
         pytest.param("", "must have 1 to 128 bytes, got 0", id="empty"),
         pytest.param("x" * 129, "must have 1 to 128 bytes, got 129", id="129 bytes"),
         pytest.param("é" * 65, "must have 1 to 128 bytes, got 130", id="130 bytes in 65 characters"),
-        pytest.param("\ud800", r"must be valid Unicode, got '\\ud800'", id="lone surrogate"),
+        pytest.param("\ud800", r"must be printable, got '\\ud800'", id="lone surrogate"),
+        pytest.param("a\nb", r"must be printable, got 'a\\nb'", id="newline"),
     ],
 )
 def test_name_out_of_range(name, message):
-    """A name that was chosen has 1 to 128 bytes of valid text."""
+    """A name that was chosen has 1 to 128 bytes of printable text."""
     task = Named()
     task.name = name
 

@@ -488,6 +488,13 @@ def test_validate_label_length(state):
         simple(to(S.DONE)).register(state, to(S.DONE)).validate()
 
 
+@pytest.mark.parametrize("state", ["a\nb", "a\x1b[31m", "\ud800"], ids=["newline", "escape", "lone surrogate"])
+def test_validate_label_is_printable(state):
+    """A label has no control characters, so that it can stand in notes and logs."""
+    with pytest.raises(ConfigurationError, match="the name of a state must be printable"):
+        simple(to(S.DONE)).register(state, to(S.DONE)).validate()
+
+
 def test_validate_longest_label():
     """A label of 128 bytes is accepted."""
     Workflow().register("é" * 64, to(S.DONE)).add_exit_state(S.DONE).validate()
@@ -1488,7 +1495,7 @@ async def test_start_in_another_thread():
     [
         pytest.param({"initial_state": S.OTHER}, "the initial state", id="initial state"),
         pytest.param({"resources": 5}, "resources must be Resources or a mapping", id="resources"),
-        pytest.param({"workflow_id": ""}, "workflow_id must be printable and not blank", id="workflow_id"),
+        pytest.param({"workflow_id": ""}, "workflow_id must not be blank", id="workflow_id"),
         pytest.param({"timeout": -1}, "timeout must be at least 0", id="timeout"),
     ],
 )

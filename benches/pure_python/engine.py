@@ -74,9 +74,12 @@ class _Run:
         run.branch = branch
         return run
 
+    def is_spent(self) -> bool:
+        """Whether the budget is; its timer may fire a little early, and on a task that swallows the cancellation."""
+        return self.scope is not None and (self.time() >= self.deadline or self.scope.expired())
+
     def check_budget(self) -> None:
-        """Stop if the budget is spent, or if its timer has fired, a little early, on a task that swallowed it."""
-        if self.scope is not None and (self.time() >= self.deadline or self.scope.expired()):
+        if self.is_spent():
             raise _BudgetSpent
 
     def note(self, error: E, task: str | None, branch: int | None = None, attempt: int = 1, attempts: int = 1) -> E:
@@ -337,13 +340,17 @@ def _task_step(task: _Task) -> Step:
     async def step(run: _Run, branch: int | None) -> Any:
         arguments = () if wants is None else (run.result if wants else None,)
         run.result = None
+        host = cast("asyncio.Task[Any]", asyncio.current_task())
         attempt = 1
         while True:
             run.check_budget()
+            cancelling = host.cancelling()
             try:
                 return await attempt_once(*arguments)
             except Exception as error:
-                is_retryable = config.is_retryable(error)
+                # An attempt that was told to stop is the last one, whatever it made of the cancellation.
+                was_cancelled = host.cancelling() > cancelling and not run.is_spent()
+                is_retryable = config.is_retryable(error) and not was_cancelled
                 if not is_retryable or attempt == attempts:
                     run.note(error, name, branch, attempt, attempts)
                     if not is_retryable:

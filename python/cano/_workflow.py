@@ -442,7 +442,9 @@ async def _set_up(run: _core.Run, resources: Resources) -> None:
     if deadline is None:
         await resources._acquire()
         return
-    # A scope whose deadline has passed already would swallow a pending cancel (gh-134471).
+    # A scope takes a cancel that is pending when it is entered for its own (gh-134471): it is delivered before.
+    if getattr(asyncio.current_task(), "_must_cancel", False):
+        await asyncio.sleep(0)
     if asyncio.get_running_loop().time() >= deadline:
         raise run.timed_out()
     scope = asyncio.timeout_at(deadline)

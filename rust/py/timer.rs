@@ -63,7 +63,13 @@ impl Timer {
             self.host = Asyncio::of(py)?.host(py)?;
         }
         if let Some(host) = &self.host {
-            self.cancelling = requests(host.bind(py))?;
+            // A cancel that is still to be delivered is not one that the task has lived through.
+            let host = host.bind(py);
+            let pending = match host.getattr_opt(intern!(py, "_must_cancel"))? {
+                Some(pending) => i64::from(pending.is_truthy()?),
+                None => 0,
+            };
+            self.cancelling = requests(host)? - pending;
         }
         let Some(due) = due else {
             return Ok(());
