@@ -1051,8 +1051,8 @@ async def test_cancel_that_a_tear_down_swallows(replacement):
     assert_idle(resources)
 
 
-async def test_first_of_two_cancels_in_a_tear_down_is_raised():
-    """Of two cancels in one tear-down the first is raised, as the same object that the tear-down saw."""
+async def test_newest_of_two_cancels_in_a_tear_down_is_raised():
+    """Of two cancels in one tear-down the newest is raised, with the one before as its context."""
     ledger = Ledger()
     resources = parts(ledger)
     user = asyncio.ensure_future(use(resources, ledger))
@@ -1063,8 +1063,10 @@ async def test_first_of_two_cancels_in_a_tear_down_is_raised():
         user.cancel(name)
     await asyncio.wait([user])
 
-    with pytest.raises(asyncio.CancelledError, match="c"):
+    with pytest.raises(asyncio.CancelledError, match="b") as raised:
         await user
+    assert isinstance(raised.value.__context__, asyncio.CancelledError)
+    assert raised.value.__context__.args == ("c",)
     ledger.check()
 
 

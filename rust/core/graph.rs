@@ -74,7 +74,7 @@ impl fmt::Display for Problem {
 /// states, no exit, duplicate labels, missing targets, unreachable states, states without a way
 /// out), each kind in node order and each problem once. A state that did not declare where it leads
 /// may lead anywhere: once a run can enter it, nothing is unreachable, and it always has a way out.
-/// An exit that is never reached is no problem. A missing target leads nowhere. Without any exit,
+/// An exit that is never reached is no problem. A missing target may be the way out. Without any exit,
 /// `NoExit` says it all and no state is blamed for lacking a way out.
 ///
 /// Every `Target::State` and `start` must be an index into `nodes`.
