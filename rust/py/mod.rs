@@ -1,6 +1,6 @@
 //! The driver: what Python hands over is converted here, `core` is asked, and its verdict carried out.
 //!
-//! A file may use only the files named above it. `unsafe` appears in `run.rs` alone.
+//! A file may use only the files named above it. `unsafe` appears in `run.rs` and `branch.rs` alone.
 
 mod errors;
 
@@ -22,12 +22,16 @@ mod timer;
 
 mod run;
 
+mod branch;
+
 mod split;
 
 mod drive;
 
 #[pyo3::pymodule(gil_used = true)]
 mod _core {
+    #[pymodule_export]
+    use super::branch::configure_branches;
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]
