@@ -3,82 +3,114 @@
 Both are measured in new interpreters, which take turns like all other contenders.
 """
 
+import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
 import pytest
 
-SECTION = "import and memory"
 pytestmark = [pytest.mark.benchmark(timer=perf_counter), pytest.mark.timeout(60)]
 
 ROOT = Path(__file__).parents[1]
 
 IMPORT = """
-{before}
-from time import perf_counter
-began = perf_counter()
+{first}
+from time import {clock}
+began = {clock}()
 import {module}
-print(perf_counter() - began)
+print({clock}() - began)
 """
 
-IN_FLIGHT = """
+WAITING = """
 import asyncio, gc, os, tracemalloc
-from pathlib import Path
-
 import cano
 from benches import pure_python
 
-COUNT = 10_000
+def resident():
+    with open("/proc/self/statm") as memory:
+        return int(memory.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-async def main():
+def allocated():
+    return tracemalloc.get_traced_memory()[0]
+
+async def main(used, count):
     gate = asyncio.get_running_loop().create_future()
 
     async def task():
         await gate
         return "done"
 
-    workflow = cano.Workflow().register("wait", task).add_exit_state("done")
-    pure = pure_python.Workflow().register("wait", task).add_exit_state("done")
-    begin = {begin}
-    async def settle():
+    def asyncio_task():
+        return asyncio.create_task(task())
+
+    def run():
+        return workflow.start("wait")
+
+    def pure_python_run():
+        return asyncio.create_task(pure_python_workflow.orchestrate("wait"))
+
+    async def begin(count):
+        waiting = [{begin}() for _ in range(count)]
         for _ in range(3):
             await asyncio.sleep(0)
         gc.collect()
+        return waiting
 
-    warm = [begin() for _ in range(100)]
-    await settle()
-    before = {used}
-    waiting = [begin() for _ in range(COUNT)]
-    await settle()
-    print(({used} - before) / COUNT)
+    workflow = cano.Workflow().register("wait", task).add_exit_state("done")
+    pure_python_workflow = pure_python.Workflow().register("wait", task).add_exit_state("done")
+    some = await begin(100)
+    before = used()
+    more = await begin(count)
+    print((used() - before) / count)
+    tracemalloc.stop()
     gate.set_result(None)
-    ends = [await one for one in waiting + warm]
-    assert ends == ["done"] * (COUNT + 100)
+    assert [await one for one in some + more] == ["done"] * (100 + count)
 
-{prelude}
-asyncio.run(main())
+if {used} is allocated:
+    tracemalloc.start()
+asyncio.run(main({used}, 10_000))
 """
 
-BEGIN = {
-    "cano": "lambda: workflow.start('wait')",
-    "asyncio task": "lambda: asyncio.create_task(task())",
-    "pure Python": "lambda: asyncio.create_task(pure.orchestrate('wait'))",
-}
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    """Makes samplers that run code in a new interpreter and return the number that it prints."""
+    # As where cano is installed, there is bytecode: the first run writes it, whatever the environment says.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
+
+    def make(code: str, **names: str) -> Callable[[], float]:
+        command = [sys.executable, "-c", code.format(**names)]
+
+        def run() -> float:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)  # noqa: S603
+            return float(done.stdout)
+
+        return run
+
+    return make
 
 
-def in_new_interpreter(code: str) -> float:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
-    return float(done.stdout)
-
-
-def test_import(versus):
-    ours = IMPORT.format(before="import asyncio", module="cano")
-    asyncio_itself = IMPORT.format(before="", module="asyncio")
-    samplers = {
-        "cano": partial(in_new_interpreter, ours),
-        "import asyncio": partial(in_new_interpreter, asyncio_itself),
+@pytest.mark.parametrize("clock", ["perf_counter", "process_time"])
+def test_import(versus, child, clock):
+    contenders = {
+        "cano": child(IMPORT, first="import asyncio", module="cano", clock=clock),
+        "import asyncio": child(IMPORT, first="", module="asyncio", clock=clock),
     }
-    versus.sampled("import cano, asyncio being imported", samplers, unit="s", rounds=15)
+    title = "import cano, asyncio being imported" if clock == "perf_counter" else "import cano, CPU time"
+    versus.sampled(title, contenders, unit="s", rounds=15 if clock == "perf_counter" else 9)
+
+
+@pytest.mark.parametrize("used", ["allocated", "resident"])
+def test_run_in_flight(versus, child, used):
+    if used == "resident" and not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    contenders = {
+        "cano": child(WAITING, begin="run", used=used),
+        "asyncio task": child(WAITING, begin="asyncio_task", used=used),
+        "pure Python": child(WAITING, begin="pure_python_run", used=used),
+    }
+    versus.sampled(f"run that waits, memory {used}", contenders, unit="B", rounds=2)

@@ -13,7 +13,6 @@ import pytest
 import cano
 from benches import pure_python
 
-SECTION = "one run"
 pytestmark = pytest.mark.benchmark(timer=thread_time)
 
 State = Enum("State", ["A", "B", "C", "D", "E", "END"])

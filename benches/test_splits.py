@@ -10,8 +10,7 @@ import pytest
 import cano
 from benches import pure_python
 
-SECTION = "split and join, per branch"
-pytestmark = pytest.mark.benchmark(timer=thread_time)
+pytestmark = [pytest.mark.benchmark(timer=thread_time), pytest.mark.timeout(60)]
 
 Body = Callable[[], Awaitable[int]]
 Contender = Callable[[], Awaitable[list[int]]]
@@ -126,8 +125,8 @@ def test_bulkhead(versus):
     branches = 10_000
     contenders = {
         "cano": split(cano, sleeps, branches, bulkhead=100),
-        "semaphore and gather": gather_behind_semaphore(sleeps, branches, bulkhead=100),
+        "semaphore + gather": gather_behind_semaphore(sleeps, branches, bulkhead=100),
         "pure Python": split(pure_python, sleeps, branches, bulkhead=100),
-        "100 workers that pull": pulling_workers(sleeps, branches, bulkhead=100),
+        "workers that pull": pulling_workers(sleeps, branches, bulkhead=100),
     }
-    versus("10,000 that sleep(0), bulkhead of 100", contenders, returns=[1] * branches, per=branches)
+    versus("10,000 that sleep(0), bulkhead 100", contenders, returns=[1] * branches, per=branches)

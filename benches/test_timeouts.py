@@ -9,7 +9,6 @@ import pytest
 
 from cano import TaskConfig, Workflow
 
-SECTION = "attempt timeout of 5 s"
 pytestmark = pytest.mark.benchmark(timer=thread_time)
 
 ATTEMPTS = 1_000

@@ -167,7 +167,7 @@ async def show_house_ad(auction: ThisAuction) -> None:
 
 
 async def report_error(auction: ThisAuction, client: Client) -> None:
-    entry = {"auction": auction.number, "error": str(auction.error)}
+    entry = {"auction": auction.number, "error": str(auction.error or "no bidder answered")}
     (await client.post("/ledger", json=entry)).raise_for_status()
 
 
@@ -368,7 +368,7 @@ class Board:
 
     def tables(self) -> Group:
         outcomes = table("outcome", "auctions", "share", "p50 ms", "p95 ms", "p99 ms")
-        outcomes.add_column("failed in")
+        outcomes.add_column("failed in", no_wrap=True)
         for state, times in self.latencies.items():
             why = (f"{where} {count}" for (outcome, where), count in self.reasons.most_common() if outcome is state)
             outcomes.add_row(f"[{EXITS[state]}]{state.name}", *self.row(times), ", ".join(why))

@@ -108,10 +108,10 @@ def report(job: Job, console: Console) -> None:
     words = f"{job.words.total():,} words, {len(job.words):,} different"
     files = f"{len(job.files) - len(job.problems):,} of {len(job.files):,} files"
     console.print(f"\n{words}, in {files}", highlight=False)
-    for problem in job.problems[:10]:
+    for problem in job.problems[:5]:
         console.print(f"skipped {problem}", highlight=False, markup=False, soft_wrap=True)
-    if len(job.problems) > 10:
-        console.print(f"... and {len(job.problems) - 10:,} more", highlight=False)
+    if len(job.problems) > 5:
+        console.print(f"... and {len(job.problems) - 5:,} more", highlight=False)
 
 
 def main() -> None:

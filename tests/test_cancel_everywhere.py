@@ -198,7 +198,11 @@ def joined(ledger: Ledger, *tasks: Any, **join: Any) -> Workflow[str]:
 
 
 def single(ledger: Ledger, *results: Any, config: TaskConfig | None = None, **options: Any) -> Workflow[str]:
-    return Workflow[str]().register("only", does(ledger, "only", *results, config=config, **options)).add_exit_state("done")
+    return (
+        Workflow[str]()
+        .register("only", does(ledger, "only", *results, config=config, **options))
+        .add_exit_state("done")
+    )
 
 
 SHAPES: dict[str, tuple[Callable[[Ledger], Workflow[str]], str, object]] = {}
@@ -472,10 +476,13 @@ def awaitables(ledger: Ledger) -> Workflow[str]:
 
     def future() -> asyncio.Future[str]:
         made: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(1, lambda: made.done() or made.set_result("done"))
+        asyncio.get_running_loop().call_soon(lambda: made.done() or made.set_result("done"))
         return made
 
-    return Workflow[str]().register("a", lambda: Work()).register("b", future).add_exit_state("done")
+    def work() -> Work:
+        return Work()
+
+    return Workflow[str]().register("a", work).register("b", future).add_exit_state("done")
 
 
 @shape("split")
@@ -569,9 +576,8 @@ class Trial:
             self.error = self.task.exception()
             self.outcome = self.task.result() if self.error is None else type(self.error)
 
-
     def check(self) -> None:
-        """The invariants of every trial."""
+        """The invariants of every trial; `host` has seen to those of the moment when the run was over."""
         if isinstance(self.error, AssertionError):
             raise self.error
         assert self.outcome == self.expected
@@ -609,11 +615,11 @@ class ByHandle(Trial):
 
     async def body(self) -> str:
         self.run = self.workflow.start(self.initial)
-        try:
-            return await self.run
-        except WorkflowCancelledError as error:
-            assert error.reason == MESSAGE
-            raise
+        return await self.run
+
+    def check(self) -> None:
+        super().check()
+        assert not isinstance(self.error, WorkflowCancelledError) or self.error.reason == MESSAGE
 
     def act(self) -> bool:
         return self.run is not None and self.run.cancel(MESSAGE)
@@ -733,7 +739,9 @@ def test_shape_without_a_cancel_has_its_usual_outcome(name: str) -> None:
     assert trial.delivered == 0
 
 
-@pytest.mark.parametrize("how", [ByTask, ByHandle, ByAwaiter, ByTimeout, ByScope, ByTaskOfAFactory, ByTaskStartedAtOnce])
+@pytest.mark.parametrize(
+    "how", [ByTask, ByHandle, ByAwaiter, ByTimeout, ByScope, ByTaskOfAFactory, ByTaskStartedAtOnce]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_cancel_before_every_step_leaves_nothing(name: str, how: type[Trial]) -> None:
     """Wherever a cancel falls, it comes out as its kind asks, everything has ended, and the counts are as they were."""
@@ -750,8 +758,7 @@ def test_cancel_before_every_step_leaves_nothing(name: str, how: type[Trial]) ->
     assert delivered >= steps // 4
 
 
-@pytest.mark.parametrize("gap", [0, 1, 2, 3])
-@pytest.mark.parametrize("how", [ByTask, ByHandle, ByAwaiter])
+@pytest.mark.parametrize(("how", "gap"), [*itertools.product((ByTask, ByHandle), (0, 1, 2, 3)), (ByAwaiter, 1)])
 @pytest.mark.parametrize("name", NAMES)
 def test_second_cancel_soon_after_every_step_leaves_nothing(name: str, how: type[Trial], gap: int) -> None:
     """A second cancel, zero to three steps after the first, hits the clean-up and changes none of the promises."""
@@ -791,7 +798,17 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["chain", "loop", "retry_exhausted", "split_all", "split_any_with_bulkhead", "split_in_split", "fork", "resources", "managed"],
+    [
+        "chain",
+        "loop",
+        "retry_exhausted",
+        "split_all",
+        "split_any_with_bulkhead",
+        "split_in_split",
+        "fork",
+        "resources",
+        "managed",
+    ],
 )
 async def test_cancel_after_every_tick_of_any_loop_leaves_nothing(name: str) -> None:
     """The promises need no special loop: they hold on the one that the test suite runs on, whichever it is."""

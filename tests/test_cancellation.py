@@ -19,6 +19,7 @@ from cano import (
     JoinConfig,
     JoinStrategy,
     Resource,
+    SplitResult,
     Task,
     TaskConfig,
     Workflow,
@@ -185,6 +186,8 @@ class TestWhoGetsWhat:
         assert all(isinstance(error, WorkflowError) and isinstance(error, CanoError) for error in errors)
         assert not any(isinstance(error, asyncio.CancelledError) for error in errors)
         assert all(awaiter.cancelling() == 0 for awaiter in awaiters)
+        with pytest.raises(WorkflowCancelledError, match="no longer needed"):
+            await handle  # also later
 
     @pytest.mark.parametrize(
         ("reason", "text"),
@@ -536,7 +539,9 @@ class TestWhereItFalls:
             await diary.waits("factory")
             return [diary.waiting("branch")]
 
-        workflow = Workflow[str]().register_split("only", make, JoinConfig(JoinStrategy.All, "done")).add_exit_state("done")
+        workflow = (
+            Workflow[str]().register_split("only", make, JoinConfig(JoinStrategy.All, "done")).add_exit_state("done")
+        )
         task = await cancelled_after(2, workflow.orchestrate("only"))
 
         assert task.cancelled()
@@ -680,7 +685,6 @@ class TestSecondCancel:
         diary = Diary()
         quick, slow = diary.waiting("quick", clean_up=0), diary.waiting("slow", clean_up=20)
 
-
         task = await cancelled_after(3, split(quick, slow, slow).orchestrate("only"), "one", "two")
 
         assert task.cancelled()
@@ -703,6 +707,18 @@ class TestSecondCancel:
         assert task.cancelled()
         assert [line for line in diary.lines if line.startswith("down")] == ["down-c", "down-b", "down-a"]
         assert (diary.lines.count("!teardown-a"), diary.lines.count("!teardown-b")) == (1, 1)
+
+    def test_branches_alive_at_the_end_of_asyncio_run_are_awaited(self) -> None:
+        """`asyncio.run` cancels each branch as well as their run, in any order; whatever is cut short has ended."""
+        diary = Diary()
+
+        async def main() -> None:
+            split(diary.waiting("branch", clean_up=20)).start("only")
+            await ticks(5)
+
+        run(main())
+
+        assert str(diary) in ("+branch !branch !!branch", "+branch !branch .branch")
 
     @pytest.mark.virtual
     @pytest.mark.parametrize("shape", ["task", "split", "thread", "tear-down"])
@@ -832,7 +848,9 @@ class TestSwallowedCancel:
                 except asyncio.CancelledError:
                     diary.lines.append("swallowed")
 
-        task = await cancelled_after(2, one(lambda: "done", {"a": Part(diary, "a"), "b": Swallows()}).orchestrate("only"))
+        task = await cancelled_after(
+            2, one(lambda: "done", {"a": Part(diary, "a"), "b": Swallows()}).orchestrate("only")
+        )
 
         assert task.cancelled()
         assert str(diary) == "up-a swallowed down-a"
@@ -908,6 +926,141 @@ class TestThreads:
         assert queued.cancelled()
         assert was_busy
         assert calls == []
+
+
+class TestFromWithin:
+    async def test_task_may_cancel_its_own_run(self) -> None:
+        """A task that cancels the run it is in gets the cancel where it waits next."""
+        diary, handles = Diary(), []
+
+        async def cancels() -> Any:
+            handles[0].cancel("from within")
+            return await diary.waits("task")
+
+        handles.append(one(cancels, parts(diary)).start("only"))
+        with pytest.raises(WorkflowCancelledError, match="from within"):
+            await handles[0]
+
+        assert diary.lines[3:] == ["+task", "!task(from within)", ".task", "down-c", "down-b", "down-a"]
+
+    @pytest.mark.virtual
+    @pytest.mark.parametrize("where", ["retry", "attempt timeout", "run timeout", "split", "set-up"])
+    async def test_cancel_pending_when_the_run_first_waits_is_not_lost(self, where: str) -> None:
+        """A cancel that was requested before the run waits at all is one that it must still hear of."""
+        attempts = []
+
+        async def cleans_up() -> None:
+            attempts.append(1)
+            try:
+                await forever()
+            finally:
+                await asyncio.sleep(60)
+                if where == "retry":
+                    raise Boom
+
+        class Slow(Resource):
+            async def setup(self) -> None:
+                await cleans_up()
+
+        config = {
+            "retry": TaskConfig().with_fixed_retry(3, 0),
+            "attempt timeout": TaskConfig().with_attempt_timeout(5).with_fixed_retry(3, 0),
+        }.get(where)
+        workflow = {
+            "split": lambda: split(cleans_up),
+            "set-up": lambda: one(lambda: "done", {"slow": Slow()}),
+        }.get(where, lambda: one(configured(cleans_up, config)))()
+        timeout = 5 if where in ("run timeout", "split", "set-up") else None
+
+        async def caller() -> None:
+            asyncio.current_task().cancel("pending")
+            await workflow.orchestrate("only", timeout=timeout)
+
+        (outcome,) = await asyncio.gather(asyncio.ensure_future(caller()), return_exceptions=True)
+
+        assert type(outcome) is (Boom if where == "retry" else asyncio.CancelledError)
+        assert len(attempts) <= 1
+
+    async def test_task_that_awaits_its_own_run_is_refused(self) -> None:
+        """A run cannot wait for itself: asyncio refuses it, and the refusal is the task's failure."""
+        handles = []
+
+        async def awaits() -> str:
+            return await handles[0]
+
+        handles.append(one(awaits).start("only"))
+
+        with pytest.raises(RuntimeError, match="cannot await on itself"):
+            await handles[0]
+
+    async def test_branch_may_cancel_its_own_run(self) -> None:
+        """A branch that cancels the run it is in ends with the others."""
+        diary, handles = Diary(), []
+
+        async def cancels() -> Any:
+            handles[0].cancel("from within")
+            return await diary.waits("branch")
+
+        handles.append(split(diary.waiting("other"), cancels).start("only"))
+        with pytest.raises(WorkflowCancelledError, match="from within"):
+            await handles[0]
+
+        assert sorted(diary.lines[-2:]) == [".branch", ".other"]
+
+    @pytest.mark.parametrize("where", ["body", "done callback", "finalizer"])
+    async def test_branch_may_cancel_a_sibling(self, where: str) -> None:
+        """A branch that somebody cancels counts as cancelled, and the join goes on with the rest."""
+        diary, siblings = Diary(), []
+
+        class Dropped:
+            def __del__(self) -> None:
+                siblings[0].cancel()
+
+        async def sibling() -> Any:
+            siblings.append(asyncio.current_task())
+            return await diary.waits("sibling")
+
+        async def cancels() -> str:
+            if where == "body":
+                siblings[0].cancel()
+            elif where == "done callback":
+                asyncio.current_task().add_done_callback(lambda _: siblings[0].cancel())
+            else:
+                Dropped()
+            return "value"
+
+        workflow = Workflow[str]().add_exit_state("done")
+        workflow.register_split(
+            "only", [sibling, cancels], JoinConfig(JoinStrategy.PartialTimeout, "after", timeout=60)
+        )
+
+        def after(result: SplitResult) -> str:
+            diary.lines.append(f"cancelled={result.cancelled} values={result.values()}")
+            return "done"
+
+        await workflow.register("after", after).orchestrate("only")
+
+        assert str(diary) == "+sibling !sibling .sibling cancelled=[0] values=['value']"
+
+    async def test_finalizer_of_a_branch_value_may_cancel_the_run(self) -> None:
+        """What a value's ``__del__`` does while the engine drops it finds no lock held: the cancel falls at the next wait."""
+        diary, handles = Diary(), []
+
+        class Dropped:
+            def __del__(self) -> None:
+                handles[0].cancel("finalizer")
+
+        async def makes() -> Dropped:
+            return Dropped()
+
+        workflow = Workflow[str]().register_split("only", [makes], JoinConfig(JoinStrategy.All, "middle"))
+        workflow.register("middle", lambda: "last").register("last", diary.waiting("last")).add_exit_state("done")
+        handles.append(workflow.start("only"))
+
+        with pytest.raises(WorkflowCancelledError, match="finalizer"):
+            await handles[0]
+
+        assert str(diary) == "+last !last(finalizer) .last"
 
 
 class TestNotCancellation:

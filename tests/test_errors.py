@@ -37,6 +37,7 @@ from cano import (
     StoreTypeError,
     TaskConfig,
     TaskExecutionError,
+    TaskResult,
     UnknownStateError,
     Workflow,
     WorkflowCancelledError,
@@ -225,6 +226,38 @@ def test_values_in_messages(value, shown):
         Workflow(resources=value)
 
     assert str(caught.value) == f"resources must be Resources or a mapping, got {shown}"
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10_000, "a\nb\x1b[31m", "\ud800"], ids=["long", "control characters", "surrogate"]
+)
+@pytest.mark.parametrize("result", [lambda value: value, TaskResult.Single, lambda value: TaskResult.Split([value])])
+def test_returned_value_in_a_message(value, result):
+    """What a task returned may come from anywhere: in the message it is cut and escaped like any value."""
+    workflow = Workflow().register("start", lambda: result(value), join=JoinConfig(JoinStrategy.All, "end"))
+
+    with pytest.raises(UnknownStateError) as caught:
+        testing.run(workflow.add_exit_state("end").orchestrate("start"))
+
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\x1b[31m", "\u202e"], ids=["newline", "escape", "direction override"])
+def test_names_in_notes_are_printable(text):
+    """No name of a state or a task brings control characters into a note: it is refused, or escaped."""
+
+    class Charge:
+        name = text
+
+        def run(self):
+            raise ValueError("no")
+
+    for state, task in ((text, raises(ValueError("no"))), ("start", Charge())):
+        with pytest.raises(ValueError) as caught:
+            testing.run(Workflow().register(state, task).add_exit_state("end").orchestrate(state))
+
+        assert all(note.isprintable() for note in [str(caught.value), *notes(caught.value)])
 
 
 # What a task raises

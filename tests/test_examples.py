@@ -285,6 +285,9 @@ async def test_ad_exchange_outcome(
     assert state.name == outcome
     assert loop.time() - start == pytest.approx(took)
     assert auction.shows == shows
+    errors = [entry for entry in market.ledger if "error" in entry]
+    assert len(errors) == (outcome in {"TIMED_OUT", "FAILED"} and "ledger" not in manners)
+    assert ({"auction": 1, "shows": shows} in market.ledger) == (outcome == "SOLD")
 
 
 # --- word_count ------------------------------------------------------------------------------------------------------

@@ -670,6 +670,15 @@ async def test_retry_after_uses_up_an_attempt() -> None:
     assert raised.__cause__ is last
 
 
+async def test_retry_after_whatever_retry_on_says(on: Any) -> None:
+    """RetryAfter is the task's own wish for another attempt, which retry_on need not name."""
+    task = Attempts(RetryAfter(0))
+
+    await run(task, fixed(1, retry_on=on(ConnectionError)))
+
+    assert task.count == 2
+
+
 async def test_retry_after_without_retries() -> None:
     """Where no retry is configured RetryAfter leaves the run like any failure."""
     error = RetryAfter(5)

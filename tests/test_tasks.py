@@ -694,6 +694,7 @@ def test_injected_resource_by_any_key(key):
 
 def test_resource_that_is_missing():
     """A missing resource fails the run at the task, and is never retried."""
+    # B49
     calls = itertools.count()
 
     def task(value: Annotated[int, Res("key")]):
@@ -1198,6 +1199,7 @@ def test_task_result_itself_is_not_made():
 )
 async def test_value_that_is_no_state(value, kind):
     """Anything but a state or a result fails the run, naming task, state and the value's type, and is not retried."""
+    # B49
     calls = []
     workflow = simple(lambda: calls.append(1) or value, config=TaskConfig().with_fixed_retry(5, 0))
 

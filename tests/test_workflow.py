@@ -643,8 +643,10 @@ def reference_problems(states, exits):
     if all(states[state] is not None for state in reached if state in working):
         lost = [state for state in working if state not in reached]
         found.update(f"state {state} cannot be reached from the initial state" for state in lost)
+    # A target that is missing may well be the way out.
+    ends = exits | {state for state in working if states[state] is None or set(states[state]) - known}
     if exits:
-        found.update(f"state {state} has no way to an exit state" for state in working if not walks(state) & exits)
+        found.update(f"state {state} has no way to an exit state" for state in working if not walks(state) & ends)
     return found
 
 

@@ -216,6 +216,8 @@ class TaskConfig:
         """Whether the failure is one to repeat; a programming mistake only if ``retry_on`` names its kind."""
         if not self.retry.retries or isinstance(error, _NEVER_RETRIED):
             return False
+        if isinstance(error, RetryAfter):
+            return True
         if not isinstance(self.retry_on, type | tuple):
             return not isinstance(error, _MISTAKES) and bool(self.retry_on(error))
         if not isinstance(error, _MISTAKES):

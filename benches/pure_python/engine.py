@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import inspect
 import itertools
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,11 +56,12 @@ class _BudgetSpent(BaseException):
 class _Run:
     """What one run, or one branch that is a run of states, keeps."""
 
-    __slots__ = ("branch", "deadline", "entered", "number", "path", "result", "time")
+    __slots__ = ("branch", "deadline", "entered", "number", "path", "result", "scope", "time")
 
-    def __init__(self, number: int, deadline: float | None) -> None:
+    def __init__(self, number: int, scope: asyncio.Timeout | None) -> None:
         self.number = number
-        self.deadline = deadline
+        self.scope = scope
+        self.deadline = math.inf if scope is None else cast("float", scope.when())
         self.time = asyncio.get_running_loop().time
         self.path: deque[Hashable] = deque(maxlen=_PATH_KEPT)
         self.entered = 0
@@ -68,12 +70,13 @@ class _Run:
 
     def fork(self, branch: int) -> "_Run":
         """A run for the states of a branch, with a path of its own."""
-        run = _Run(self.number, self.deadline)
+        run = _Run(self.number, self.scope)
         run.branch = branch
         return run
 
     def check_budget(self) -> None:
-        if self.deadline is not None and self.time() >= self.deadline:
+        """Stop if the budget is spent, or if its timer has fired, a little early, on a task that swallowed it."""
+        if self.scope is not None and (self.time() >= self.deadline or self.scope.expired()):
             raise _BudgetSpent
 
     def note(self, error: E, task: str | None, branch: int | None = None, attempt: int = 1, attempts: int = 1) -> E:
@@ -184,8 +187,8 @@ class Workflow(Generic[S]):
         if limit is None:
             return cast("S", await _drive(table, _Run(next(_numbers), None), initial))
         started = asyncio.get_running_loop().time()
-        run = _Run(next(_numbers), started + limit)
-        scope = asyncio.timeout_at(run.deadline)
+        scope = asyncio.timeout_at(started + limit)
+        run = _Run(next(_numbers), scope)
         try:
             async with scope:
                 return cast("S", await _drive(table, run, initial))
@@ -251,13 +254,13 @@ async def _drive(table: Table, run: _Run, state: Any) -> Any:  # noqa: C901 - no
     It yields to the loop once per 1,024 transitions, suspended or not: a suspension is not seen from here.
     """
     entry, entered = table[state], 0
-    enter, deadline, time = run.path.append, run.deadline, run.time
+    enter, scope, deadline, time = run.path.append, run.scope, run.deadline, run.time
     try:
         for first in itertools.count(1, _IMMEDIATE_TRANSITIONS):
             for entered in range(first, first + _IMMEDIATE_TRANSITIONS):
                 enter(state)
                 if not entry.is_step:
-                    if deadline is not None and time() >= deadline:
+                    if scope is not None and (time() >= deadline or scope.expired()):
                         raise _BudgetSpent  # noqa: TRY301 - the handler only writes down where it was
                     value = entry.call()
                     if entry.is_async:
@@ -348,7 +351,7 @@ def _task_step(task: _Task) -> Step:
                     text = f"task {name} failed in each of {attempts} attempts"
                     raise run.note(RetryExhaustedError(text, attempts), name, branch, attempt, attempts) from error
                 delay = config.retry.delay(attempt, error)
-            run.check_budget()  # its timer fires once, and the task may have swallowed that
+            run.check_budget()
             await asyncio.sleep(delay)
             attempt += 1
 

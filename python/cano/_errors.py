@@ -59,12 +59,17 @@ def label(state: Hashable) -> str:
     return name if type(name) is str else str(state)
 
 
+def shown_label(state: Hashable) -> str:
+    """The name of a state that nobody has checked, as it may stand in a message."""
+    text = label(state)
+    return text if text.isprintable() and len(text) <= _TEXT_LIMIT else show(text)
+
+
 def check_text(what: str, text: str, limit: int) -> None:
-    """Refuse a text that is empty, longer than `limit` bytes, or no valid Unicode (lone surrogates)."""
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise ConfigurationError(f"{what} must be valid Unicode, got {show(text)}") from None
+    """Refuse a text that is empty, longer than `limit` bytes, or not printable (control characters, lone surrogates)."""
+    if not text.isprintable():
+        raise ConfigurationError(f"{what} must be printable, got {show(text)}")
+    size = len(text.encode())
     if not 0 < size <= limit:
         raise ConfigurationError(f"{what} must have 1 to {limit} bytes, got {size}: {show(text)}")
 

@@ -315,7 +315,10 @@ class Resources:
             except Exception:  # noqa: BLE001 - logged
                 _log.exception("tear-down of resource %s failed", name)
             except BaseException as error:  # noqa: BLE001 - raised below
-                if interrupt is None or not isinstance(error, asyncio.CancelledError):
+                # The newest cancel leaves, with the one before as its context; no cancel replaces another interrupt.
+                if interrupt is None or isinstance(interrupt, asyncio.CancelledError):
+                    error.__context__, interrupt = interrupt, error
+                elif not isinstance(error, asyncio.CancelledError):
                     interrupt = error
         if interrupt is None and _cancel_requests() > requests:  # a tear-down kept our cancel to itself
             interrupt = asyncio.CancelledError()
@@ -388,6 +391,8 @@ class FromResources:
             ResourceNotFoundError: A key has no entry, even where the attribute has a default.
             ResourceTypeError: A value is not of the annotated type.
         """
+        if not isinstance(resources, Resources):
+            raise ConfigurationError(f"resources must be Resources, got {show(resources)}")
         if cls._wanted is None:
             cls._wanted = cls._read_annotations()
         return cls(**{name: resources.get(key, type_) for name, type_, key in cls._wanted})

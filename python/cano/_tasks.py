@@ -445,7 +445,7 @@ async def _to_the_end(future: asyncio.Future[None], turn: threading.Lock) -> Non
                 if cancelled is None and turn.acquire(blocking=False):
                     future.cancel()
                     raise
-                cancelled = cancelled or error
+                error.__context__, cancelled = cancelled, error  # the newest one leaves
         if cancelled is not None:
             raise cancelled
     finally:

@@ -414,6 +414,8 @@ class Run(Generic[S]):
             if not self._cancelled or awaiter_is_cancelled or not self._task.cancelled():
                 raise
             raise self._cancelled_error() from cancelled
+        finally:
+            del self, host  # an exception's traceback holds this frame, which must not hold the task that holds it
 
     def _cancelled_error(self) -> WorkflowCancelledError:
         text = "the run was cancelled" + (f": {show(self._reason)}" if self._reason else "")
@@ -495,7 +497,7 @@ def _checked_id(workflow_id: Any) -> str | None:
         return None
     if not isinstance(workflow_id, str):
         raise ConfigurationError(f"workflow_id must be a text, got {show(workflow_id)}")
-    if not workflow_id.strip() or not workflow_id.isprintable():
-        raise ConfigurationError(f"workflow_id must be printable and not blank, got {show(workflow_id)}")
+    if not workflow_id.strip():
+        raise ConfigurationError(f"workflow_id must not be blank, got {show(workflow_id)}")
     check_text("workflow_id", workflow_id, _ID_LIMIT)
     return workflow_id

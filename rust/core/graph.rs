@@ -142,7 +142,9 @@ fn without_way_out(nodes: &[Node]) -> Vec<Problem> {
     for (from, to) in edges(nodes) {
         back[to].push(from);
     }
-    let is_end = |at: &usize| nodes[*at].exit || leads_anywhere(&nodes[*at]);
+    // A target that is missing has been reported; it may well be the way out.
+    let leads_astray = |node: &Node| targets(node).iter().any(|target| matches!(target, Target::Missing(_)));
+    let is_end = |at: &usize| nodes[*at].exit || leads_anywhere(&nodes[*at]) || leads_astray(&nodes[*at]);
     let saved = flood(&back, (0..nodes.len()).filter(is_end).collect());
 
     let marked = nodes.iter().zip(&saved).filter(|(_, saved)| !**saved);

@@ -3,16 +3,18 @@
 use std::sync::OnceLock;
 use std::time::Instant;
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyDict, PyType};
 
 pub(super) struct Asyncio {
     running_loop: Py<PyAny>,
     current_task: Py<PyAny>,
     sleep: Py<PyAny>,
     pub(super) task: Py<PyType>,
+    future: Py<PyAny>,
     base_loop_time: Py<PyAny>,
     monotonic: Py<PyAny>,
     random: Py<PyAny>,
@@ -28,6 +30,7 @@ impl Asyncio {
                 current_task: asyncio.getattr("current_task")?.unbind(),
                 sleep: asyncio.getattr("sleep")?.unbind(),
                 task: asyncio.getattr("Task")?.cast_into()?.unbind(),
+                future: asyncio.getattr("Future")?.unbind(),
                 base_loop_time: asyncio.getattr("BaseEventLoop")?.getattr("time")?.unbind(),
                 monotonic: py.import("time")?.getattr("monotonic")?.unbind(),
                 random: py.import("random")?.getattr("random")?.unbind(),
@@ -44,10 +47,13 @@ impl Asyncio {
         self.random.bind(py).call0()?.extract()
     }
 
-    /// The task that is running now, if any.
+    /// The task that is running now, if any; without a running loop there is none.
     pub(super) fn host(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        let task = self.current_task.bind(py).call0()?;
-        Ok((!task.is_none()).then(|| task.unbind()))
+        match self.current_task.bind(py).call0() {
+            Ok(task) => Ok((!task.is_none()).then(|| task.unbind())),
+            Err(error) if error.is_instance_of::<PyRuntimeError>(py) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -82,6 +88,16 @@ impl Clock {
         #[allow(clippy::disallowed_methods, reason = "elapsed times of branches, twice per branch; no rule reads them")]
         let (start, now) = (START.get_or_init(Instant::now), Instant::now());
         Ok(now.saturating_duration_since(*start).as_secs_f64())
+    }
+
+    /// A future of the loop; its own method is only Python around this class where the loop is asyncio's.
+    pub(super) fn future<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if !self.is_stock {
+            return self.event_loop.bind(py).call_method0(intern!(py, "create_future"));
+        }
+        let options = PyDict::new(py);
+        options.set_item(intern!(py, "loop"), &self.event_loop)?;
+        Asyncio::of(py)?.future.bind(py).call((), Some(&options))
     }
 
     /// Arms a timer; cancel what is returned with `disarm`.

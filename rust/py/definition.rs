@@ -10,7 +10,7 @@ use crate::core::retry::RetryMode;
 use crate::core::time::Nanos;
 
 use super::convert::{count, duration, number};
-use super::errors::NonRetryable;
+use super::errors::{NonRetryable, RetryAfter};
 
 /// How often a failed attempt is repeated, and after which delay.
 #[pyclass(frozen, eq, module = "cano", name = "RetryMode")]
@@ -196,8 +196,9 @@ impl Policy {
 impl Policy {
     /// Whether this failure is worth another attempt; raises what a predicate raises.
     pub(super) fn is_retryable(&self, py: Python<'_>, error: &Bound<'_, PyBaseException>) -> PyResult<bool> {
-        if error.is_instance_of::<NonRetryable>() {
-            return Ok(false);
+        // What the task itself asks for counts more than the policy's opinion of its exceptions.
+        if error.is_instance_of::<NonRetryable>() || error.is_instance_of::<RetryAfter>() {
+            return Ok(error.is_instance_of::<RetryAfter>());
         }
         let Some(explicit) = &self.explicit else {
             return self.retry_on.bind(py).call1((error,))?.is_truthy();

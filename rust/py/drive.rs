@@ -22,7 +22,7 @@ use super::definition::{Source, TaskSpec};
 use super::env::{Env, Failure, RunContext, arguments};
 use super::errors::{
     AttemptTimeoutError, InvalidTransitionError, RetryAfter, RetryExhaustedError, TaskExecutionError,
-    UnknownStateError, WorkflowError, from_panic, join_error, label, show,
+    UnknownStateError, WorkflowError, from_panic, join_error, shown_label,
 };
 use super::result::SplitResult;
 use super::run::{Input, Run, Step, is_coroutine, step};
@@ -241,7 +241,15 @@ impl Drive {
                     }
                 };
                 let plan = task.plan.bind(py);
-                task.call(py, arguments(plan, this.env.get(), context, self.joined.as_ref())?)
+                task.call(
+                    py,
+                    arguments(
+                        plan,
+                        this.env.get(),
+                        context,
+                        self.joined.as_ref().map(|joined| joined.bind(py).as_any()),
+                    )?,
+                )
             }
         }
     }
@@ -449,7 +457,7 @@ impl Drive {
         let error = if table.has_state_of_type(&value.get_type()) {
             UnknownStateError::new_err(format!(
                 "{place} returned {}, which is neither registered nor an exit state",
-                label(value)?
+                shown_label(value)?
             ))
         } else {
             InvalidTransitionError::new_err(format!(
@@ -497,7 +505,7 @@ impl Drive {
                     let error = UnknownStateError::new_err(format!(
                         "{} split into {}, which is neither registered nor an exit state",
                         self.place(run)?,
-                        show(&state)?
+                        shown_label(&state)?
                     ));
                     return Err(self.failed(run, self.task(run), error));
                 }

@@ -3,7 +3,6 @@
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyString;
 
 use crate::core::error::Error;
 
@@ -42,10 +41,10 @@ pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
     helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
 }
 
-/// The name of a state in messages and keys.
-pub(super) fn label<'py>(state: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
-    static LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    Ok(helper(state.py(), &LABEL, "label")?.call1((state,))?.cast_into()?)
+/// The name of a state that nobody has checked, as it may stand in a message.
+pub(super) fn shown_label(state: &Bound<'_, PyAny>) -> PyResult<String> {
+    static SHOWN_LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(state.py(), &SHOWN_LABEL, "shown_label")?.call1((state,))?.extract()
 }
 
 /// One `ConfigurationError` that lists every problem of `subject`.

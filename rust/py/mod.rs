@@ -12,11 +12,11 @@ mod definition;
 
 mod memory;
 
-mod result;
-
 mod table;
 
 mod env;
+
+mod result;
 
 mod timer;
 

@@ -392,18 +392,24 @@ impl Split {
         }
     }
 
-    /// An exception was thrown into the parent: the first one is kept, each one is passed on as a cancel.
+    /// An exception was thrown into the parent: it is passed on as a cancel, and leaves the run at the end.
+    ///
+    /// Of several cancels the newest leaves, with the one before as its context, as from any coroutine that is cancelled while
+    /// it cleans up; another exception is never replaced by a cancel.
     pub(super) fn interrupt(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
         let arguments = error.value(py).getattr(intern!(py, "args"))?;
         let message = arguments.get_item(0).ok();
-        let repeated = self.state.with(py, |state| {
-            if state.interrupted.is_some() {
-                return Some(error);
+        let before = self.state.with(py, |state| state.interrupted.take());
+        let kept = match before {
+            Some(before) if !before.is_instance_of::<CancelledError>(py) => before,
+            Some(before) => {
+                error.set_context(py, Some(before));
+                error
             }
-            state.interrupted = Some(error);
-            None
-        });
-        drop(repeated);
+            None => error,
+        };
+        let replaced = self.state.with(py, |state| state.interrupted.replace(kept));
+        drop(replaced);
         self.cancel_rest(py, message.as_ref());
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::core::join::JoinStrategy;
 
 use super::convert::is_hashable;
 use super::definition::{PyJoinStrategy, TaskSpec};
-use super::errors::{ConfigurationError, configuration, show};
+use super::errors::{ConfigurationError, configuration, shown_label};
 
 /// State object -> dense index.
 ///
@@ -146,7 +146,7 @@ impl Checked<'_> {
         let Some(target) = self.index.by_value(&next)? else {
             self.problems.push(format!(
                 "the split in state {label} joins into {}, which is neither registered nor an exit state",
-                super::errors::label(&next)?
+                shown_label(&next)?
             ));
             return Ok(None);
         };
@@ -180,7 +180,7 @@ impl Checked<'_> {
                     indices.push(index);
                     targets.push(Target::State(index));
                 }
-                None => targets.push(Target::Missing(super::errors::label(&state)?.to_string())),
+                None => targets.push(Target::Missing(shown_label(&state)?)),
             }
         }
         Ok(Some((indices.into_boxed_slice(), targets)))
@@ -389,7 +389,7 @@ impl Table {
         }
         Err(ConfigurationError::new_err(format!(
             "the initial state {} is neither registered nor an exit state",
-            show(state)?
+            shown_label(state)?
         )))
     }
 }

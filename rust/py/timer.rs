@@ -30,13 +30,15 @@ pub(super) struct Timer {
     host: Option<Py<PyAny>>,
     /// `host.cancelling()` when the present phase first suspended.
     cancelling: i64,
-    fired: Option<Limit>,
+    /// Each limit that fired is one cancel of the host to take back.
+    attempt_fired: bool,
+    run_fired: bool,
 }
 
 impl Timer {
     /// The earliest deadline that holds now.
     fn due(&self, env: &Env) -> Option<f64> {
-        let run = env.budget.map(|budget| budget.deadline);
+        let run = env.budget.filter(|_| !self.run_fired).map(|budget| budget.deadline);
         match (self.attempt_deadline, run) {
             (Some(attempt), Some(run)) => Some(attempt.min(run)),
             (attempt, run) => attempt.or(run),
@@ -98,14 +100,19 @@ impl Timer {
             return Ok(None);
         };
         let now = env.now(py)?;
-        if now < due {
+        let is_over = now >= due;
+        if is_over && env.budget.is_some_and(|budget| now >= budget.deadline) {
+            self.run_fired = true;
+        } else if is_over {
+            self.attempt_fired = true;
+            self.attempt_deadline = None;
+        }
+        // An attempt that cleans up for long, or goes on, is still bound by the run's budget.
+        if let Some(due) = self.due(env).filter(|due| *due > now) {
             self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
             self.armed_for = due;
-            return Ok(None);
         }
-        let run_is_over = env.budget.is_some_and(|budget| now >= budget.deadline);
-        self.fired = Some(if run_is_over { Limit::Run } else { Limit::Attempt });
-        Ok(self.host.as_ref().map(|host| host.clone_ref(py)))
+        Ok(self.host.as_ref().filter(|_| is_over).map(|host| host.clone_ref(py)))
     }
 
     /// A phase ended, with `error` or well: takes a cancel of ours back, and tells which limit the error stands for.
@@ -113,12 +120,19 @@ impl Timer {
     /// A task that swallowed the cancellation keeps its result; the run's budget is looked at again before the next attempt.
     pub(super) fn settle(&mut self, py: Python<'_>, error: Option<&PyErr>) -> PyResult<Option<Limit>> {
         self.attempt_deadline = None;
-        let (Some(limit), Some(host)) = (self.fired.take(), &self.host) else {
-            return Ok(None);
+        let limit = match (std::mem::take(&mut self.run_fired), std::mem::take(&mut self.attempt_fired)) {
+            (false, false) => return Ok(None),
+            (true, also) => (Limit::Run, 1 + usize::from(also)),
+            (false, true) => (Limit::Attempt, 1),
         };
-        let left: i64 = host.bind(py).call_method0(intern!(py, "uncancel"))?.extract()?;
-        let ours = left <= self.cancelling && error.is_some_and(|error| error.is_instance_of::<CancelledError>(py));
-        Ok(ours.then_some(limit))
+        let Some(host) = &self.host else { return Ok(None) };
+        let host = host.bind(py);
+        for _ in 0..limit.1 {
+            host.call_method0(intern!(py, "uncancel"))?;
+        }
+        let ours =
+            requests(host)? <= self.cancelling && error.is_some_and(|error| error.is_instance_of::<CancelledError>(py));
+        Ok(ours.then_some(limit.0))
     }
 
     /// The run ended: nothing of it may fire any more.

@@ -1,0 +1,728 @@
+"""What is refused, when, and with what: a table of bad inputs, and a walk over every public parameter."""
+
+import asyncio
+import contextlib
+import enum
+import inspect
+import math
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
+from typing import Annotated
+
+import pytest
+
+import cano
+from cano import (
+    CanoError,
+    ConfigurationError,
+    DuplicateResourceError,
+    FromResources,
+    HealthStatus,
+    JoinConfig,
+    JoinStrategy,
+    MemoryStore,
+    NonRetryable,
+    Res,
+    ResourceNotFoundError,
+    Resources,
+    ResourceTypeError,
+    RetryAfter,
+    RetryMode,
+    TaskConfig,
+    TaskExecutionError,
+    TaskResult,
+    Workflow,
+    in_thread,
+    testing,
+)
+
+
+class S(enum.Enum):
+    START = 1
+    DONE = 2
+
+
+def start():
+    return S.DONE
+
+
+def simple(task=start, **options):
+    return Workflow(**options).register(S.START, task).add_exit_state(S.DONE)
+
+
+ALL = JoinConfig(JoinStrategy.All, S.DONE)
+
+
+exponential = TaskConfig().with_exponential_retry
+
+
+def refusal(call, *args):
+    with pytest.raises(ConfigurationError) as caught:
+        call(*args)
+    assert isinstance(caught.value, ValueError)
+    return str(caught.value)
+
+
+async def started(**options):
+    run = simple().start(**({"initial_state": S.START} | options))
+    return await run
+
+
+def orchestrated(**options):
+    return testing.run(simple().orchestrate(**({"initial_state": S.START} | options)))
+
+
+# Durations
+
+SECONDS = {
+    "Workflow.with_timeout": ("timeout", lambda value: Workflow().with_timeout(value)),
+    "Workflow.orchestrate": ("timeout", lambda value: orchestrated(timeout=value)),
+    "Workflow.start": ("timeout", lambda value: testing.run(started(timeout=value))),
+    "JoinConfig": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
+    "JoinConfig.with_timeout": ("timeout", ALL.with_timeout),
+    "TaskConfig": ("attempt_timeout", lambda value: TaskConfig(attempt_timeout=value)),
+    "TaskConfig.with_attempt_timeout": ("attempt_timeout", lambda value: TaskConfig().with_attempt_timeout(value)),
+    "TaskConfig.with_fixed_retry": ("delay", lambda value: TaskConfig().with_fixed_retry(1, value)),
+    "TaskConfig.with_exponential_retry": ("base", lambda value: exponential(1, value, max_delay=315_576_000)),
+    "RetryMode.fixed": ("delay", lambda value: RetryMode.fixed(1, value)),
+    "RetryMode.exponential": ("max_delay", lambda value: RetryMode.exponential(1, 0, max_delay=value)),
+    "RetryAfter": ("delay", RetryAfter),
+}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(-1, id="negative"),
+        pytest.param(-1e-9, id="just below zero"),
+        pytest.param(math.nan, id="nan"),
+        pytest.param(math.inf, id="inf"),
+        pytest.param(-math.inf, id="-inf"),
+        pytest.param(1e30, id="1e30"),
+        pytest.param(315_576_001, id="above ten years"),
+        pytest.param(2**70, id="2**70"),
+        pytest.param(10**400, id="beyond a float"),
+        pytest.param(timedelta.max, id="timedelta.max"),
+        pytest.param(timedelta(microseconds=-1), id="negative timedelta"),
+        pytest.param(True, id="bool"),
+        pytest.param("5", id="text"),
+        pytest.param(b"5", id="bytes"),
+        pytest.param(Decimal(5), id="Decimal"),
+        pytest.param(Fraction(5), id="Fraction"),
+        pytest.param(5j, id="complex"),
+        pytest.param([5], id="list"),
+    ],
+)
+def test_duration_out_of_range(value):
+    """A duration is seconds as a number or a timedelta, 0 to ten years; all else is refused by the parameter's name."""
+    texts = {place: refusal(call, value) for place, (_, call) in SECONDS.items()}
+
+    assert [place for place, text in texts.items() if not text.startswith(f"{SECONDS[place][0]} must be ")] == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(0, id="zero"),
+        pytest.param(-0.0, id="minus zero"),
+        pytest.param(0.5, id="float"),
+        pytest.param(5, id="int"),
+        pytest.param(315_576_000, id="ten years"),
+        pytest.param(timedelta(seconds=5), id="timedelta"),
+        pytest.param(timedelta(), id="no timedelta"),
+    ],
+)
+def test_duration_in_range(value):
+    """Every duration from 0 to ten years is accepted, as int, float or timedelta."""
+    for place, (_, call) in SECONDS.items():
+        if place not in ("Workflow.orchestrate", "Workflow.start"):  # they would end by a timeout of 0
+            call(value)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        pytest.param(
+            lambda: Workflow().with_timeout(-1),
+            "timeout must be at least 0 and at most ten years (315576000 s), got -1",
+            id="number",
+        ),
+        pytest.param(
+            lambda: Workflow().with_timeout("5"),
+            "timeout must be seconds as a number or a timedelta, got '5' (str)",
+            id="text",
+        ),
+        pytest.param(
+            lambda: Workflow().with_timeout(seconds=True),
+            "timeout must be seconds as a number or a timedelta, got True (bool)",
+            id="bool",
+        ),
+    ],
+)
+def test_duration_message(call, text):
+    """The message has the parameter, the rule and the value."""
+    assert refusal(call) == text
+
+
+# Other numbers
+
+NOT_A_NUMBER = [True, "1", b"1", Decimal(1), Fraction(1), 1j, [1], None]
+NOT_A_COUNT = [*NOT_A_NUMBER, 1.0, math.nan, 2**63, 10**400]
+
+
+def cases(*groups):
+    """One case per value of each group: (name, call, values)."""
+    return [
+        pytest.param(name, call, value, id=f"{name}-{type(value).__name__}-{str(value)[:12]}")
+        for name, call, values in groups
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "value"),
+    cases(
+        ("retries", lambda value: RetryMode.fixed(value, 0), [-1, 1_000_001, *NOT_A_COUNT]),
+        ("retries", lambda value: TaskConfig().with_fixed_retry(value, 0), [-1, 1_000_001, True, 1.0]),
+        ("retries", RetryMode.exponential, [-1, 1_000_001, True, 1.0, "3"]),
+        ("retries", exponential, [-1, 1_000_001, True, 1.0, "3"]),
+        ("n", JoinStrategy.Quorum, [0, -1, *NOT_A_COUNT]),
+        ("n", JoinStrategy.PartialResults, [0, -1, *NOT_A_COUNT]),
+        ("p", JoinStrategy.Percentage, [0, -0.1, 1.000001, math.nan, math.inf, *NOT_A_NUMBER]),
+        ("factor", lambda value: RetryMode.exponential(factor=value), [0.5, 0, -1, math.nan, math.inf, True, "2"]),
+        ("jitter", lambda value: RetryMode.exponential(jitter=value), [-0.1, 1.5, math.nan, math.inf, True, "0"]),
+        ("factor", lambda value: exponential(factor=value), [0.5, math.nan, True]),
+        ("jitter", lambda value: exponential(jitter=value), [-0.1, 1.5, True]),
+        ("base", lambda value: RetryMode.exponential(1, value, max_delay=1), [1.5, timedelta(seconds=2)]),
+        ("bulkhead", ALL.with_bulkhead, [0, -1, True, 1.0, "2", [1]]),
+        ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
+        ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
+    ),
+)
+def test_number_out_of_range(name, call, value):
+    """A number of the wrong type or out of its range is refused by the parameter's name."""
+    assert refusal(call, value).startswith(f"{name} ")
+
+
+@pytest.mark.parametrize(
+    ("call", "value"),
+    [
+        pytest.param(lambda value: RetryMode.fixed(value, 0), 1_000_000, id="retries"),
+        pytest.param(lambda value: RetryMode.fixed(value, 0), 0, id="no retries"),
+        pytest.param(JoinStrategy.Percentage, 1, id="p of 1"),
+        pytest.param(JoinStrategy.Percentage, 5e-324, id="the smallest p"),
+        pytest.param(lambda value: RetryMode.exponential(factor=value), 1, id="factor of 1"),
+        pytest.param(lambda value: RetryMode.exponential(jitter=value), 1, id="full jitter"),
+        pytest.param(lambda value: RetryMode.exponential(1, value, max_delay=value), 0, id="base of nothing"),
+        pytest.param(ALL.with_bulkhead, 10**30, id="bulkhead beyond any split"),
+    ],
+)
+def test_number_at_its_limit(call, value):
+    """The limits themselves are accepted."""
+    call(value)
+
+
+# Texts
+
+IDS = [
+    lambda value: Workflow().with_workflow_id(value),
+    lambda value: orchestrated(workflow_id=value),
+    lambda value: testing.run(started(workflow_id=value)),
+]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("", id="empty"),
+        pytest.param(" \t", id="blank"),
+        pytest.param("x" * 257, id="257 bytes"),
+        pytest.param("é" * 129, id="258 bytes in 129 characters"),
+        pytest.param("a\nb", id="newline"),
+        pytest.param("a\x00b", id="NUL"),
+        pytest.param("a\x1b[31m", id="escape"),
+        pytest.param("a\x7f", id="DEL"),
+        pytest.param("\ud800", id="lone surrogate"),
+        pytest.param("a\u202eb", id="direction override"),
+        pytest.param("\u2028", id="line separator"),
+        pytest.param(5, id="number"),
+        pytest.param(b"x", id="bytes"),
+        pytest.param(["x"], id="list"),
+        pytest.param(S.START, id="Enum member"),
+    ],
+)
+def test_workflow_id_out_of_range(value):
+    """A workflow id is a printable text of 1 to 256 bytes that is not blank."""
+    for call in IDS:
+        assert refusal(call, value).startswith("workflow_id must ")
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "x" * 256, "é" * 128, "order 1/ü", "日本", None], ids=lambda value: str(value)[:9]
+)
+def test_workflow_id_in_range(value):
+    """Every such text is accepted, and None for none."""
+    assert orchestrated(workflow_id=value) is S.DONE
+
+
+@pytest.mark.parametrize("value", ["", 5, b"x", ["x"], True], ids=repr)
+def test_workflow_name(value):
+    """A workflow's name is a text that is not empty."""
+    assert refusal(lambda: Workflow(name=value)).startswith("name must ")
+    assert refusal(lambda: Workflow.bare(name=value)).startswith("name must ")
+
+
+@pytest.mark.parametrize("value", [None, 5, "Healthy", "", S.START], ids=repr)
+def test_health_level(value):
+    """A health level is one of three words."""
+    assert refusal(HealthStatus, value).startswith("level must be 'healthy', 'degraded' or 'unhealthy', got ")
+
+
+# Definitions
+
+STATES = {
+    "register": lambda state: Workflow().register(state, start),
+    "register_split": lambda state: Workflow().register_split(state, [], ALL),
+    "task": lambda state: Workflow().task(state)(start),
+    "add_exit_state": Workflow().add_exit_state,
+    "add_exit_states": lambda state: Workflow().add_exit_states([state]),
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        pytest.param([], "a state must be hashable, got", id="list"),
+        pytest.param({}, "a state must be hashable, got", id="dict"),
+        pytest.param((1, []), "a state must be hashable, got", id="tuple with a list"),
+        pytest.param(S, "S is the Enum class; a state is one of its members", id="Enum class"),
+    ],
+)
+@pytest.mark.parametrize("place", STATES)
+def test_value_that_cannot_be_a_state(place, state, message):
+    """What cannot be hashed is no state, nor is an Enum class, wherever it is given."""
+    assert refusal(STATES[place], state).startswith(message)
+
+
+@pytest.mark.parametrize("state", [[], (1, [])], ids=["list", "tuple with a list"])
+def test_join_state_that_cannot_be_one(state):
+    """A join's next state is hashable."""
+    assert refusal(JoinConfig, JoinStrategy.All, state).startswith("next_state must be hashable, got ")
+    assert refusal(ALL.with_next_state, state).startswith("next_state must be hashable, got ")
+
+
+@pytest.mark.parametrize("states", [None, 5, "ab", b"ab"], ids=repr)
+def test_exit_states_that_are_none(states):
+    """Exit states are given as an iterable, which a text is not: its characters are no states."""
+    assert refusal(Workflow().add_exit_states, states).startswith("states must be ")
+
+
+class NoTask:
+    """An object that is no task."""
+
+    run = None
+
+
+async def coroutine():
+    return S.DONE
+
+
+TASKS = {
+    "register": lambda task: Workflow().register(S.START, task),
+    "task": Workflow().task(S.START),
+    "register_split": lambda task: Workflow().register_split(S.START, [task], ALL),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: None, r"a task must be a function, .* got None \(NoneType\)", id="None"),
+        pytest.param(lambda: 5, r"a task must be a function, .* got 5 \(int\)", id="number"),
+        pytest.param(lambda: "start", r"a task must be a function, .* got 'start' \(str\)", id="text"),
+        pytest.param(lambda: [start], r"a task must be a function, .* \(list\)", id="list"),
+        pytest.param(NoTask, r"a task must be a function, .* \(NoTask\)", id="object without a method"),
+        pytest.param(lambda: NoTask, r"NoTask is a class; register an instance: NoTask\(\)", id="class"),
+        pytest.param(
+            coroutine, r"coroutine\(\) is a coroutine; register the function, without calling it", id="coroutine"
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", TASKS)
+def test_object_that_is_no_task(place, make, message):
+    """What cannot be called is refused where it is registered, and told what was meant."""
+    with pytest.raises(ConfigurationError, match=message):
+        TASKS[place](make())
+
+
+@pytest.mark.parametrize("tasks", [None, 5, "ab", b"ab"], ids=repr)
+def test_branches_that_are_none(tasks):
+    """Branches are given as an iterable of tasks, or as a function that makes one."""
+    assert refusal(lambda: Workflow().register_split(S.START, tasks, ALL)).startswith(
+        "the branches of a split must be "
+    )
+
+
+@pytest.mark.parametrize("made", [None, 5, "ab", [5], [None]], ids=repr)
+def test_branches_made_at_run_time_that_are_none(made):
+    """What a split function returns is checked like branches given at once; the run fails in that state."""
+    workflow = Workflow().register_split(S.START, lambda: made, ALL).add_exit_state(S.DONE)
+
+    with pytest.raises(ConfigurationError, match="must be") as caught:
+        testing.run(workflow.orchestrate(S.START))
+
+    assert caught.value.state is S.START
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param(
+            lambda value: simple().copy().register("x", start, join=value), "join of state x must be", id="join"
+        ),
+        pytest.param(
+            lambda value: Workflow().register_split("x", [], value), "join of state x must be", id="split join"
+        ),
+        pytest.param(lambda value: Workflow().task("x", join=value)(start), "join of state x must be", id="task join"),
+        pytest.param(
+            lambda value: Workflow().register("x", start, config=value), "config of task start must", id="config"
+        ),
+        pytest.param(
+            lambda value: Workflow().task("x", config=value)(start), "config of task start must", id="task config"
+        ),
+        pytest.param(lambda value: JoinConfig(value, S.DONE), "strategy must be a JoinStrategy", id="strategy"),
+        pytest.param(lambda value: TaskConfig(retry=value), "retry must be a RetryMode", id="retry"),
+        pytest.param(
+            lambda value: TaskConfig(retry_on=value), "retry_on must be a subclass of Exception", id="retry_on"
+        ),
+        pytest.param(Workflow, "resources must be Resources or a mapping", id="resources"),
+        pytest.param(lambda value: orchestrated(resources=value), "resources must be", id="resources of a run"),
+        pytest.param(Resources, "resources must be a mapping", id="Resources"),
+        pytest.param(lambda value: Resources().manage("x", value), "factory of 'x' must be callable", id="factory"),
+    ],
+)
+@pytest.mark.parametrize("value", [5, "x", True, [5]], ids=repr)
+def test_object_of_another_type(call, message, value):
+    """An object of another type than a parameter takes is refused by the parameter's name."""
+    assert refusal(call, value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "retry_on",
+    [
+        pytest.param(int, id="no exception"),
+        pytest.param(BaseException, id="BaseException"),
+        pytest.param(asyncio.CancelledError, id="CancelledError"),
+        pytest.param((ValueError, 5), id="tuple with a number"),
+        pytest.param([ValueError], id="list"),
+        pytest.param(ValueError("x"), id="instance"),
+        pytest.param(None, id="None"),
+    ],
+)
+def test_retry_on_something_else(retry_on):
+    """What is retried is told by subclasses of Exception or by a predicate."""
+    assert refusal(lambda: TaskConfig(retry_on=retry_on)).startswith("retry_on must be a subclass of Exception")
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        pytest.param(lambda res: res.insert("n", 2), DuplicateResourceError, id="twice"),
+        pytest.param(lambda res: res.get("m"), ResourceNotFoundError, id="missing"),
+        pytest.param(lambda res: res.get("n", str), ResourceTypeError, id="of another type"),
+    ],
+)
+def test_resources_that_do_not_fit(call, error):
+    """A resource that is missing, there already or of another type has an error of its own, which names the key."""
+    with pytest.raises(error, match=r"'[nm]'"):
+        call(Resources({"n": 1}))
+
+
+@pytest.mark.parametrize("states", [None, 5, "ab", b"ab"], ids=repr)
+def test_split_into_states_that_are_none(states):
+    """A split is an iterable of states, which a text is not."""
+    assert refusal(TaskResult.Split, states).startswith("states must be ")
+
+
+# Every parameter
+
+
+class RudeError(Exception):
+    pass
+
+
+class Rude:
+    """A value of which nothing works."""
+
+    def rude(self, *_):
+        raise RudeError
+
+    __repr__ = __str__ = __hash__ = __eq__ = __bool__ = __len__ = __iter__ = __float__ = __index__ = rude
+
+
+def with_parameters(a, b, /, *c, d, **e):
+    return S.DONE
+
+
+class OwnText(str):
+    __slots__ = ()
+
+
+class OwnNumber(int):
+    pass
+
+
+HOSTILE = [
+    None,
+    True,
+    0,
+    -1,
+    2**70,
+    10**400,
+    1.5,
+    math.nan,
+    math.inf,
+    5j,
+    Decimal("0.5"),
+    timedelta.max,
+    timedelta(days=-1),
+    "",
+    "x",
+    "a\nb\x00",
+    "\ud800",
+    "x" * 10_000,
+    b"\xff",
+    [],
+    {},
+    (1, []),
+    int,
+    S,
+    S.START,
+    ValueError("x"),
+    object(),
+    lambda: 1,
+    with_parameters,
+    OwnText("x"),
+    OwnNumber(5),
+    Rude(),
+]
+
+
+class Deps(FromResources):
+    n: Annotated[int, Res("n")]
+
+
+def with_store(use):
+    store = MemoryStore()
+    store.put("key", [1])
+    return use(store)
+
+
+def defined(workflow):
+    """Whatever a definition takes it also validates, or refuses by name."""
+    workflow.add_exit_states(["done", S.DONE]).validate()
+
+
+def decorated(state):
+    workflow = Workflow()
+    workflow.task(state)(start)
+    return workflow
+
+
+def returning_single(value):
+    """Whatever a result takes, a task can return."""
+    results = iter([TaskResult.Single(value), S.DONE])
+    testing.run(simple(lambda: next(results)).orchestrate(S.START))
+
+
+def raised(error):
+    """Whatever an error takes it can also be raised with."""
+
+    def task():
+        raise error
+
+    async def main():  # asyncio.Runner itself breaks when its task ends in an exception that has no repr
+        with contextlib.suppress(type(error)):
+            await simple(task).orchestrate(S.START)
+
+    testing.run(main())
+
+
+def cancelling(reason):
+    """`Run.cancel`, on a run that waits."""
+
+    async def main():
+        run = simple(lambda: asyncio.sleep(60)).start(S.START)
+        await asyncio.sleep(0)
+        try:
+            run.cancel(reason)
+        finally:
+            run._task.cancel()
+            await asyncio.wait([run._task])
+
+    testing.run(main())
+
+
+def starting(**options):
+    return testing.run(started(**options))
+
+
+# For each parameter: the words by which a refusal may name it, and a call that gives it a value.
+WALK = {
+    "FromResources.from_resources.resources": ("resources", Deps.from_resources),
+    "HealthStatus.level": ("level", HealthStatus),
+    "HealthStatus.reason": ("reason", lambda value: HealthStatus("degraded", value)),
+    "HealthStatus.Degraded.reason": ("reason", HealthStatus.Degraded),
+    "HealthStatus.Unhealthy.reason": ("reason", HealthStatus.Unhealthy),
+    "JoinConfig.strategy": ("strategy", lambda value: JoinConfig(value, S.DONE)),
+    "JoinConfig.next_state": ("next_state", lambda value: JoinConfig(JoinStrategy.All, value)),
+    "JoinConfig.timeout": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
+    "JoinConfig.bulkhead": ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value)),
+    "JoinConfig.fail_fast": ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value)),
+    "JoinConfig.with_bulkhead.limit": ("bulkhead", ALL.with_bulkhead),
+    "JoinConfig.with_next_state.state": ("next_state", ALL.with_next_state),
+    "JoinConfig.with_timeout.seconds": ("timeout", ALL.with_timeout),
+    "JoinStrategy.PartialResults.n": ("n ", JoinStrategy.PartialResults),
+    "JoinStrategy.Percentage.p": ("p ", JoinStrategy.Percentage),
+    "JoinStrategy.Quorum.n": ("n ", JoinStrategy.Quorum),
+    "MemoryStore.append.key": ("key", lambda value: with_store(lambda store: store.append(value, 1))),
+    "MemoryStore.append.item": ("item", lambda value: with_store(lambda store: store.append("key", value))),
+    "MemoryStore.contains_key.key": ("key", lambda value: with_store(lambda store: store.contains_key(value))),
+    "MemoryStore.get.key": ("key", lambda value: with_store(lambda store: store.get(value))),
+    "MemoryStore.get.type_": ("type_ |'key'", lambda value: with_store(lambda store: store.get("key", value))),
+    "MemoryStore.get_or.key": ("key", lambda value: with_store(lambda store: store.get_or(value, 1))),
+    "MemoryStore.get_or.default": ("default", lambda value: with_store(lambda store: store.get_or("other", value))),
+    "MemoryStore.put.key": ("key", lambda value: with_store(lambda store: store.put(value, 1))),
+    "MemoryStore.put.value": ("value", lambda value: with_store(lambda store: store.put("key", value))),
+    "MemoryStore.remove.key": ("key", lambda value: with_store(lambda store: store.remove(value))),
+    "NonRetryable.message": ("message", lambda value: raised(NonRetryable(value))),
+    "Res.key": ("key", Res),
+    "Resources.mapping": ("mapping", Resources),
+    "Resources.get.key": ("key|resource", lambda value: Resources({"key": 1}).get(value)),
+    "Resources.get.type_": ("isinstance|wanted", lambda value: Resources({"key": 1}).get("key", value)),
+    "Resources.insert.key": ("key", lambda value: Resources().insert(value, 1)),
+    "Resources.insert.value": ("value", lambda value: Resources().insert("key", value)),
+    "Resources.manage.key": ("key", lambda value: Resources().manage(value, contextlib.nullcontext)),
+    "Resources.manage.factory": ("factory", lambda value: Resources().manage("key", value)),
+    "Resources.try_insert.key": ("key", lambda value: Resources().try_insert(value, 1)),
+    "Resources.try_insert.value": ("value", lambda value: Resources().try_insert("key", value)),
+    "RetryAfter.delay": ("delay", lambda value: raised(RetryAfter(value))),
+    "RetryAfter.message": ("message", lambda value: raised(RetryAfter(0, value))),
+    "RetryMode.exponential.retries": ("retries", RetryMode.exponential),
+    "RetryMode.exponential.base": ("base", lambda value: RetryMode.exponential(1, value)),
+    "RetryMode.exponential.factor": ("factor", lambda value: RetryMode.exponential(factor=value)),
+    "RetryMode.exponential.max_delay": ("max_delay", lambda value: RetryMode.exponential(max_delay=value)),
+    "RetryMode.exponential.jitter": ("jitter", lambda value: RetryMode.exponential(jitter=value)),
+    "RetryMode.fixed.retries": ("retries", lambda value: RetryMode.fixed(value, 0)),
+    "RetryMode.fixed.delay": ("delay", lambda value: RetryMode.fixed(1, value)),
+    "Run.cancel.reason": ("reason", cancelling),
+    "TaskConfig.retry": ("retry", lambda value: TaskConfig(retry=value)),
+    "TaskConfig.retry_on": ("retry_on", lambda value: TaskConfig(retry_on=value)),
+    "TaskConfig.attempt_timeout": ("attempt_timeout", lambda value: TaskConfig(attempt_timeout=value)),
+    "TaskConfig.with_attempt_timeout.seconds": ("attempt_timeout", TaskConfig().with_attempt_timeout),
+    "TaskConfig.with_exponential_retry.retries": ("retries", exponential),
+    "TaskConfig.with_exponential_retry.base": ("base", lambda value: exponential(1, value)),
+    "TaskConfig.with_exponential_retry.factor": (
+        "factor",
+        lambda value: exponential(factor=value),
+    ),
+    "TaskConfig.with_exponential_retry.max_delay": (
+        "max_delay",
+        lambda value: exponential(max_delay=value),
+    ),
+    "TaskConfig.with_exponential_retry.jitter": (
+        "jitter",
+        lambda value: exponential(jitter=value),
+    ),
+    "TaskConfig.with_fixed_retry.retries": ("retries", lambda value: TaskConfig().with_fixed_retry(value, 0)),
+    "TaskConfig.with_fixed_retry.delay": ("delay", lambda value: TaskConfig().with_fixed_retry(1, value)),
+    "TaskExecutionError.message": ("message", lambda value: raised(TaskExecutionError(value))),
+    "TaskResult.Single.state": ("state", returning_single),
+    "TaskResult.Split.states": ("states", TaskResult.Split),
+    "Workflow.resources": ("resources", Workflow),
+    "Workflow.name": ("name", lambda value: Workflow(name=value)),
+    "Workflow.add_exit_state.state": ("state", lambda value: defined(simple().add_exit_state(value))),
+    "Workflow.add_exit_states.states": ("state", lambda value: defined(simple().add_exit_states(value))),
+    "Workflow.bare.name": ("name", lambda value: Workflow.bare(name=value)),
+    "Workflow.orchestrate.initial_state": ("initial state", lambda value: orchestrated(initial_state=value)),
+    "Workflow.orchestrate.resources": ("resources", lambda value: orchestrated(resources=value)),
+    "Workflow.orchestrate.workflow_id": ("workflow_id", lambda value: orchestrated(workflow_id=value)),
+    "Workflow.orchestrate.timeout": ("timeout|the run took", lambda value: orchestrated(timeout=value)),
+    "Workflow.register.state": ("state", lambda value: defined(Workflow().register(value, start))),
+    "Workflow.register.task": ("task|register", lambda value: defined(Workflow().register(S.START, value))),
+    "Workflow.register.config": ("config", lambda value: Workflow().register(S.START, start, config=value)),
+    "Workflow.register.join": ("join", lambda value: Workflow().register(S.START, start, join=value)),
+    "Workflow.register_split.state": ("state", lambda value: defined(Workflow().register_split(value, [], ALL))),
+    "Workflow.register_split.tasks": (
+        "branches|task|register",
+        lambda value: defined(Workflow().register_split(S.START, value, ALL)),
+    ),
+    "Workflow.register_split.join": ("join", lambda value: Workflow().register_split(S.START, [], value)),
+    "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
+    "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),
+    "Workflow.start.workflow_id": ("workflow_id", lambda value: starting(workflow_id=value)),
+    "Workflow.start.timeout": ("timeout|the run took", lambda value: starting(timeout=value)),
+    "Workflow.task.state": ("state", lambda value: defined(decorated(value))),
+    "Workflow.task.config": ("config", lambda value: Workflow().task(S.START, config=value)(start)),
+    "Workflow.task.join": ("join", lambda value: Workflow().task(S.START, join=value)(start)),
+    "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
+    "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
+    "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),
+    "in_thread.function": ("function", in_thread),
+}
+
+
+def outcome(words, call, value):
+    """ "works", "refused" by name, "rude" as the value itself; else what is wrong."""
+    try:
+        call(value)
+    except CanoError as error:
+        named = any(word in str(error) for word in words.split("|"))
+        return "refused" if named else f"not named: {error!r}"
+    except RudeError:
+        return "rude" if type(value) is Rude else "rude for nothing"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "works"
+
+
+@pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited")
+@pytest.mark.parametrize("parameter", WALK)
+def test_hostile_values(parameter):
+    """Whatever a public parameter is given, it works, or raises a CanoError that names the parameter."""
+    words, call = WALK[parameter]
+
+    outcomes = {f"{n} {type(value).__name__}": outcome(words, call, value) for n, value in enumerate(HOSTILE)}
+
+    assert {value: text for value, text in outcomes.items() if text not in ("works", "refused", "rude")} == {}
+
+
+# What the engine makes: errors (but for those that tasks raise), records, and handles.
+MADE_BY_THE_ENGINE = {"BranchOutcome", "ErrorContext", "Run", "RunContext", "SplitResult", "Seconds"}
+RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
+
+
+def parameters_of(function):
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in ("self", "cls") and not name.startswith("_")]
+
+
+def public_parameters():
+    """Every parameter of every public function, constructor and method: "Class.method.parameter"."""
+    for name in set(cano.__all__) - {"__version__", "Seconds"}:
+        public = getattr(cano, name)
+        is_error = inspect.isclass(public) and issubclass(public, BaseException)
+        if name not in MADE_BY_THE_ENGINE and (not is_error or name in RAISED_BY_TASKS):
+            yield from (f"{name}.{parameter}" for parameter in parameters_of(public))
+        if inspect.isclass(public) and not is_error:
+            methods = [
+                method for method in dir(public) if not method.startswith("_") and callable(getattr(public, method))
+            ]
+            for method in methods:
+                yield from (f"{name}.{method}.{parameter}" for parameter in parameters_of(getattr(public, method)))
+
+
+def test_walk_is_complete():
+    """The walk knows every public parameter, and none that does not exist."""
+    assert set(WALK) == set(public_parameters())

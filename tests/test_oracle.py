@@ -1,0 +1,469 @@
+"""Random workflows, run by cano and by the plain-Python engine in benches/, leave the same trace.
+
+A workflow is drawn as data: a chain of steps, each a task with its attempts, a split, or a fork into further chains. Both
+engines get the same tasks, which write down when they start and how they end, on a virtual clock. Compared are these
+entries, what every joined state got, and how the run ended: its exit state, or its exception with everything in it.
+
+Ties in time are kept out, since which of two things comes first in one pass of the loop is no promise: each duration has a
+fraction of a millisecond that is its own, a prime number of microseconds, and a program in which two timers of the oracle
+are still due at the same moment is not compared.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, event, given, settings, strategies as st
+
+import cano
+from benches import pure_python
+from benches.pure_python.split import Split as OracleSplit
+from cano.testing import VirtualClockLoop
+
+EXAMPLES = int(os.environ.get("CANO_ORACLE_EXAMPLES", "300"))
+
+_SIEVE = [number for number in range(2, 2_000) if all(number % divisor for divisor in range(2, int(number**0.5) + 1))]
+PRIMES = [prime for prime in _SIEVE if prime < 1_000]
+MICROSECONDS = 1_000_000
+
+
+class Oops(Exception):
+    """A failure that is worth a retry."""
+
+
+class Other(Exception):
+    """A failure that retry_on may leave out."""
+
+
+# The data
+
+
+@dataclass
+class Attempt:
+    """What one attempt does: sleep, then end in its way; and what it does when it is cancelled meanwhile."""
+
+    ends: str = "ok"  # ok, oops, other, mistake, after, never, cancel
+    sleep: float | None = None  # None: a plain function's attempt, which does not wait
+    when_cancelled: str = "leave"  # leave, clean, swallow, convert
+    cleanup: float = 0.0
+    retry_after: float = 0.0
+
+
+@dataclass
+class Step:
+    """A task, with one list of attempts for each visit; more attempts than listed succeed."""
+
+    name: str
+    visits: list[list[Attempt]]
+    config: dict[str, Any] | None = None
+    leads: str = "on"  # on, unknown, nonsense, exit
+
+
+@dataclass
+class Join:
+    strategy: tuple[str, ...]
+    timeout: float | None = None
+    bulkhead: int | None = None
+    fail_fast: bool = False
+
+
+@dataclass
+class SplitStep:
+    """A split into tasks, listed at registration or made on entry, after a sleep or not."""
+
+    name: str
+    branches: list[Step]
+    join: Join
+    made: str = "before"  # before, on entry, after a sleep
+    sleep: float = 0.0
+
+
+@dataclass
+class ForkStep:
+    """A task that forks into chains, each of which ends in the joined state or in an exit."""
+
+    step: Step
+    chains: list["Chain"]
+    join: Join
+
+
+@dataclass
+class Chain:
+    steps: list[Step | SplitStep | ForkStep]
+    ends_in_exit: bool = False
+
+
+@dataclass
+class Program:
+    chain: Chain
+    timeout: float | None = None
+    cancel_at: float | None = None
+    durations: int = field(default=0, repr=False)
+
+
+# Drawing it
+
+
+class Drawer:
+    """Draws the parts of one program; every duration and every name is new."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        self.durations = 0
+        self.names = 0
+
+    def name(self, kind: str) -> str:
+        self.names += 1
+        return f"{kind}{self.names}"
+
+    def choice(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def rarely(self) -> bool:
+        return self.draw(st.integers(0, 4)) == 4
+
+    def seconds(self, most: int = 100) -> float:
+        """Whole milliseconds and a prime number of microseconds."""
+        prime = PRIMES[self.durations % len(PRIMES)]
+        self.durations += 1
+        return (self.draw(st.integers(1, most)) * 1_000 + prime) / MICROSECONDS
+
+    def optional_seconds(self, most: int = 100) -> float | None:
+        return self.seconds(most) if self.rarely() else None
+
+    def attempt(self, config: dict[str, Any] | None, *, waits: bool) -> Attempt:
+        ends = self.choice("ok", "ok", "ok", "oops", "oops", "other", "mistake", "after", "never", "cancel")
+        if not waits and self.rarely():
+            return Attempt("ok" if ends == "cancel" else ends, retry_after=self.seconds())
+        when_cancelled = self.choice("leave", "leave", "clean", "swallow", "convert")
+        if config is not None and (when_cancelled == "convert" or (when_cancelled == "swallow" and ends != "ok")):
+            when_cancelled = "leave"  # split-11: the oracle repeats an attempt that fails after it was cancelled
+        cleanup = self.seconds(30) if when_cancelled in ("clean", "swallow") else 0.0
+        return Attempt(ends, self.seconds(), when_cancelled, cleanup, self.seconds() if ends == "after" else 0.0)
+
+    def retry(self) -> tuple[Any, ...]:
+        retries = self.draw(st.integers(0, 3))
+        if self.draw(st.booleans()):
+            return "fixed", retries, self.seconds() if self.draw(st.booleans()) else 0.0
+        base = self.seconds(40)
+        return "exponential", retries, base, self.choice(1.0, 2.0, 3.0), base + self.seconds(60)
+
+    def config(self) -> dict[str, Any] | None:
+        if self.draw(st.booleans()):
+            return None
+        return {
+            "retry": self.retry(),
+            "retry_on": self.choice("everything", "everything", "oops", "tuple", "predicate", "mistakes"),
+            "attempt_timeout": self.seconds() if self.rarely() else None,
+        }
+
+    def step(self, *, is_branch: bool = False, waits: bool = False) -> Step:
+        attempts = st.integers(1, 3)
+        visits = 1 if is_branch or not self.rarely() else 2
+        leads = "on" if is_branch or not self.rarely() else self.choice("unknown", "nonsense", "exit")
+        config = self.config()
+        return Step(
+            self.name("task"),
+            [[self.attempt(config, waits=waits) for _ in range(self.draw(attempts))] for _ in range(visits)],
+            config,
+            leads,
+        )
+
+    def join(self, total: int) -> Join:
+        some = self.draw(st.integers(1, total))
+        strategy = self.choice(
+            ("All",),
+            ("All",),
+            ("Any",),
+            ("Quorum", some),
+            ("Percentage", some / total),
+            ("PartialResults", some),
+            ("PartialTimeout",),
+        )
+        timeout = self.seconds(150) if strategy == ("PartialTimeout",) else self.optional_seconds(150)
+        return Join(strategy, timeout, self.draw(st.none() | st.integers(1, 3)), self.rarely())
+
+    def split(self) -> SplitStep:
+        branches = [self.step(is_branch=True, waits=True) for _ in range(self.draw(st.integers(1, 4)))]
+        made = self.choice("before", "before", "on entry", "after a sleep")
+        return SplitStep(self.name("split"), branches, self.join(len(branches)), made, self.seconds(30))
+
+    def fork(self, depth: int) -> ForkStep:
+        step = self.step()
+        chains = [self.chain(depth + 1) for _ in range(self.draw(st.integers(1, 3)))]
+        return ForkStep(step, chains, self.join(len(chains)))
+
+    def chain(self, depth: int = 0) -> Chain:
+        kinds = ["task", "split", "fork"] if depth < 2 else ["task", "split"]
+        steps: list[Step | SplitStep | ForkStep] = [self.step(waits=True)] if depth else []
+        for kind in self.draw(st.lists(st.sampled_from(kinds), min_size=1 - len(steps), max_size=3 - depth)):
+            if kind == "task":
+                steps.append(self.step())
+            else:
+                steps.append(self.split() if kind == "split" else self.fork(depth))
+        return Chain(steps, bool(depth) and self.rarely())
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    drawer = Drawer(draw)
+    chain = drawer.chain()
+    return Program(chain, drawer.optional_seconds(400), drawer.optional_seconds(400), drawer.durations)
+
+
+# Running it
+
+
+class Machine:
+    """One engine with a program: builds the workflow, runs it, and keeps the trace."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.log: list[tuple[str, int, str]] = []
+        self.workflow = engine.Workflow()
+
+    def note(self, name: str, what: str) -> None:
+        self.log.append((name, self.now(), what))
+
+    def now(self) -> int:
+        return round(asyncio.get_running_loop().time() * MICROSECONDS)
+
+    def config(self, given: dict[str, Any] | None) -> Any:
+        if given is None:
+            return None
+        kind, retries, *numbers = given["retry"]
+        if kind == "fixed":
+            retry = self.engine.RetryMode.fixed(retries, *numbers)
+        else:
+            base, factor, max_delay = numbers
+            retry = self.engine.RetryMode.exponential(retries, base, factor=factor, max_delay=max_delay, jitter=0)
+        retry_on = {
+            "everything": Exception,
+            "oops": Oops,
+            "tuple": (Oops, TimeoutError),
+            "predicate": lambda error: isinstance(error, Oops | TimeoutError),
+            "mistakes": (TypeError, Oops),
+        }[given["retry_on"]]
+        return self.engine.TaskConfig(retry=retry, retry_on=retry_on, attempt_timeout=given["attempt_timeout"])
+
+    def join(self, given: Join, following: str) -> Any:
+        kind, *number = given.strategy
+        strategy = getattr(self.engine.JoinStrategy, kind)
+        if number:
+            strategy = strategy(*number)
+        return self.engine.JoinConfig(
+            strategy, following, timeout=given.timeout, bulkhead=given.bulkhead, fail_fast=given.fail_fast
+        )
+
+    def task(self, step: Step, following: Any) -> Any:
+        """The step as a task object; what it returns in its last visit is `following`."""
+        machine, engine = self, self.engine
+        done = 0
+        attempts = 0
+
+        def begin() -> Attempt:
+            nonlocal attempts
+            visit = step.visits[min(done, len(step.visits) - 1)]
+            attempt = visit[attempts] if attempts < len(visit) else Attempt(sleep=visit[-1].sleep)
+            attempts += 1
+            machine.note(step.name, f"starts attempt {attempts} of visit {done + 1}")
+            return attempt
+
+        def end(attempt: Attempt) -> Any:
+            nonlocal attempts, done
+            machine.note(step.name, attempt.ends)
+            if attempt.ends == "oops":
+                raise Oops(step.name)
+            if attempt.ends == "other":
+                raise Other(step.name)
+            if attempt.ends == "mistake":
+                raise TypeError(step.name)
+            if attempt.ends == "after":
+                raise engine.RetryAfter(attempt.retry_after)
+            if attempt.ends == "never":
+                raise engine.NonRetryable(step.name)
+            if attempt.ends == "cancel":
+                raise asyncio.CancelledError
+            done += 1
+            attempts = 0
+            return step.name if done < len(step.visits) else following
+
+        async def run() -> Any:
+            attempt = begin()
+            if attempt.sleep is None:
+                return end(attempt)
+            try:
+                await asyncio.sleep(attempt.sleep)
+            except asyncio.CancelledError as error:
+                machine.note(step.name, f"cancelled {error.args}")
+                if attempt.when_cancelled == "convert":
+                    raise Oops(step.name) from None
+                if attempt.when_cancelled != "leave":
+                    try:
+                        await asyncio.sleep(attempt.cleanup)
+                    except asyncio.CancelledError:
+                        machine.note(step.name, "cancelled again")
+                        raise
+                    machine.note(step.name, "cleaned up")
+                if attempt.when_cancelled != "swallow":
+                    raise
+            return end(attempt)
+
+        task = type("Task", (), {"name": step.name, "config": self.config(step.config)})()
+        waits = any(attempt.sleep is not None for visit in step.visits for attempt in visit)
+        task.run = run if waits else lambda: end(begin())
+        return task
+
+    def joined(self, name: str, following: str) -> Any:
+        """The task of a joined state."""
+
+        def run(result: Any) -> str:
+            self.note(name, str(self.described_result(result)))
+            return following
+
+        run.__annotations__["result"] = self.engine.SplitResult
+        return type("Joined", (), {"name": name, "run": staticmethod(run)})()
+
+    def chain(self, chain: Chain, following: str) -> str:
+        """Registers the steps of a chain, last first, and gives the state it begins with."""
+        for step in reversed(chain.steps):
+            following = self.registered(step, following)
+        return following
+
+    def registered(self, step: Step | SplitStep | ForkStep, following: str) -> str:
+        if isinstance(step, Step):
+            leads = {"on": following, "unknown": "nowhere", "nonsense": 42, "exit": "stop"}[step.leads]
+            self.workflow.register(step.name, self.task(step, leads))
+            return step.name
+        if isinstance(step, SplitStep):
+            joined = f"{step.name} joined"
+            self.workflow.register(joined, self.joined(joined, following))
+            self.workflow.register_split(step.name, self.branches(step), self.join(step.join, joined))
+            return step.name
+        joined = f"{step.step.name} joined"
+        self.workflow.register(joined, self.joined(joined, following))
+        states = [self.chain(chain, "stop" if chain.ends_in_exit else joined) for chain in step.chains]
+        task = self.task(step.step, self.engine.TaskResult.Split(states))
+        self.workflow.register(step.step.name, task, join=self.join(step.join, joined))
+        return step.step.name
+
+    def branches(self, step: SplitStep) -> Any:
+        tasks = [self.task(branch, f"value of {branch.name}") for branch in step.branches]
+
+        async def after_a_sleep() -> list[Any]:
+            await asyncio.sleep(step.sleep)
+            return tasks
+
+        return {"before": tasks, "on entry": lambda: tasks, "after a sleep": after_a_sleep}[step.made]
+
+    async def run(self, program: Program) -> str:
+        first = self.chain(program.chain, "end")
+        self.workflow.add_exit_states(["end", "stop"])
+        run = asyncio.create_task(self.workflow.orchestrate(first, timeout=program.timeout))
+        cancel = None
+        if program.cancel_at is not None:
+            cancel = asyncio.get_running_loop().call_later(program.cancel_at, run.cancel, "by the user")
+        await asyncio.wait([run])
+        if cancel is not None:
+            cancel.cancel()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        if run.cancelled():
+            with contextlib.suppress(asyncio.CancelledError):
+                await run
+            ended = "cancelled"
+        elif run.exception() is not None:
+            ended = str(self.described(run.exception()))
+        else:
+            ended = str(run.result())
+        return f"{ended} at {self.now()}, cancelling {run.cancelling()}"
+
+    def described(self, error: Any) -> list[Any]:
+        """Everything about an exception that both engines promise."""
+        facts: list[Any] = [type(error).__name__]
+        if isinstance(error, Oops | Other | TypeError):
+            facts.append(error.args)
+        for name in ("attempts", "limit", "delay"):
+            if hasattr(error, name):
+                facts.append((name, getattr(error, name)))
+        if hasattr(error, "elapsed"):
+            facts.append(("elapsed", round(error.elapsed * MICROSECONDS)))
+        if isinstance(error, ExceptionGroup):
+            facts.append([self.described(one) for one in error.exceptions])
+            facts.append(self.described_result(error.result))  # type: ignore[attr-defined]
+        if type(error).__name__ == "RetryExhaustedError":
+            facts.append(self.described(error.__cause__))
+        context = getattr(error, "__cano__", None)
+        if context is not None:
+            facts.append((context.state, context.path, context.entered, context.branch))
+            if not isinstance(error, self.engine.WorkflowError):  # of those the oracle does not say which task, or attempt
+                facts.append((context.task, context.attempt, context.max_attempts))
+        return facts
+
+    def described_result(self, result: Any) -> list[Any]:
+        def elapsed(outcome: Any) -> int:
+            return round(outcome.elapsed * MICROSECONDS)
+
+        return [
+            [(one.index, one.name, one.value, elapsed(one)) for one in result.successes],
+            [(one.index, one.name, self.described(one.error), elapsed(one)) for one in result.errors],
+            result.cancelled,
+            (result.completed_count, result.total_count, result.values()),
+        ]
+
+
+class Loop(VirtualClockLoop):
+    """Keeps the moments for which timers were set."""
+
+    def __init__(self) -> None:
+        self.moments: list[int] = []
+        super().__init__()
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any, **options: Any) -> asyncio.TimerHandle:
+        self.moments.append(round(when * MICROSECONDS))
+        return super().call_at(when, callback, *args, **options)
+
+
+def observe(engine: Any, program: Program) -> tuple[list[tuple[str, int, str]], str, list[int]]:
+    """The trace, by task and then by time, how the run ended, and the moments of all timers."""
+    machine = Machine(engine)
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        ended = runner.run(machine.run(program))
+        loop = runner.get_loop()
+        assert isinstance(loop, Loop)
+        return sorted(machine.log, key=lambda entry: entry[0]), ended, loop.moments
+
+
+@pytest.fixture(autouse=True)
+def _booked_like_a_done_callback() -> Iterator[None]:
+    """Have the oracle book the end of a branch where an asyncio done callback would."""
+    before = OracleSplit.is_deferred
+    OracleSplit.is_deferred = True
+    yield
+    OracleSplit.is_deferred = before
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+@given(program=programs())
+def test_same_trace_as_the_plain_engine(program: Program) -> None:
+    """Both engines start the same attempts at the same times and end in the same way, whatever the workflow."""
+    trace, ended, moments = observe(pure_python, program)
+    moments.sort()
+    assume(all(later - earlier > 1 for earlier, later in pairwise(moments)))
+    # A run over its budget spares the clean-up of its task the limit of the attempt; nested asyncio.timeouts do not.
+    budget = math.inf if program.timeout is None else round(program.timeout * MICROSECONDS)
+    assume(not any(what == "cancelled again" and moment > budget for _, moment, what in trace))
+    event(ended.split(" at ")[0].split(",")[0])
+
+    ours, our_end, _ = observe(cano, program)
+
+    assert (ours, our_end) == (trace, ended)
