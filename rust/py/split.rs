@@ -30,9 +30,9 @@ use super::asyncio::{Asyncio, disarm};
 use super::branch;
 use super::definition::TaskSpec;
 use super::drive::{Drive, branch_name};
-use super::env::{Env, Failure, RunContext, Scope, arguments};
+use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, from_panic};
-use super::result::{End, Ended, SplitResult};
+use super::result::{End, Ended, Origin, SplitResult};
 use super::run::{GilCell, Run};
 use super::table::JoinSpec;
 
@@ -109,8 +109,8 @@ pub(super) struct Split {
     /// The state that a fork's branches run up to.
     until: usize,
     bulkhead: usize,
-    /// The parent's context, for branches that are started later.
-    context: Py<PyAny>,
+    /// The parent's context, for branches that are started later; None where all start at once.
+    context: Option<Py<PyAny>>,
     event_loop: Py<PyAny>,
     mode: Mode,
     state: GilCell<State>,
@@ -143,7 +143,7 @@ impl Split {
                 scope: Arc::new(scope),
                 until: spec.next,
                 bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
-                context: branch::copy_context(py)?.unbind(),
+                context: spec.bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
                 state: GilCell::new(State {
@@ -254,12 +254,12 @@ impl Split {
             Mode::Native => Self::start_native(slf, index, coroutine, at_once),
             Mode::Compatible { make_task, options } => {
                 let (make_task, options) = (make_task.bind(py), options.bind(py));
-                let task = if at_once {
-                    make_task.call((coroutine,), Some(options))?
-                } else {
+                let task = match &this.context {
                     // Outside the parent's step its context is not the current one; a task copies the one it is made in.
-                    let context = this.context.bind(py);
-                    context.call_method(intern!(py, "run"), (make_task, coroutine), Some(options))?
+                    Some(context) if !at_once => {
+                        context.bind(py).call_method(intern!(py, "run"), (make_task, coroutine), Some(options))?
+                    }
+                    _ => make_task.call((coroutine,), Some(options))?,
                 };
                 let done = Done { split: slf.clone().unbind(), index };
                 task.call_method1(intern!(py, "add_done_callback"), (done,))?;
@@ -271,7 +271,10 @@ impl Split {
 
     fn start_native(slf: &Bound<'_, Self>, index: usize, coroutine: Bound<'_, PyAny>, at_once: bool) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        let context = if at_once { branch::copy_context(py)? } else { branch::copy_of(this.context.bind(py))? };
+        let context = match &this.context {
+            Some(context) if !at_once => branch::copy_of(context.bind(py))?,
+            _ => branch::copy_context(py)?,
+        };
         let branch = branch::new(slf, index, coroutine, context)?;
         let kept = branch.clone().unbind();
         this.state.with(py, |state| state.branches[index].task = Some(kept));
@@ -312,10 +315,7 @@ impl Split {
             Ok(value) => (End::Value(value), Outcome::Succeeded, None),
             Err(error) if error.is_instance_of::<CancelledError>(py) => (End::Cancelled, Outcome::Cancelled, None),
             Err(error) => match Self::as_failure(py, error) {
-                Ok(error) => {
-                    let error = self.annotate(py, index, error);
-                    (End::Error(error.into_value(py).into_any()), Outcome::Failed, None)
-                }
+                Ok(error) => (End::Error(error.into_value(py).into_any()), Outcome::Failed, None),
                 Err(fatal) => (End::Cancelled, Outcome::Cancelled, Some(fatal)),
             },
         };
@@ -346,14 +346,6 @@ impl Split {
         if error.is_instance_of::<PyException>(py) { Ok(error) } else { from_panic(py, error) }
     }
 
-    fn annotate(&self, py: Python<'_>, index: usize, error: PyErr) -> PyErr {
-        let name = self.state.with(py, |state| state.branches[index].ended.name.clone_ref(py));
-        let failure =
-            Failure { state: self.scope.state, task: Some(&name), attempt: 1, max_attempts: 1, branch: Some(index) };
-        let path = self.scope.path.iter().copied();
-        failure.annotate(py, self.env.get(), path, self.scope.entered, error)
-    }
-
     /// Cancels every branch that is alive.
     fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
         let tasks: Vec<Py<PyAny>> = self.state.with(py, |state| {
@@ -381,13 +373,10 @@ impl Split {
         let waiter = self.state.with(py, |state| if Self::is_over(state) { state.waiter.take() } else { None });
         let Some(waiter) = waiter else { return };
         let waiter = waiter.bind(py);
-        let woken = waiter.call_method0(intern!(py, "done")).and_then(|done| done.is_truthy()).and_then(|done| {
-            if !done {
-                waiter.call_method1(intern!(py, "set_result"), (py.None(),))?;
-            }
-            Ok(())
-        });
-        if let Err(error) = woken {
+        // One that was cancelled meanwhile has woken the parent already.
+        if let Err(error) = waiter.call_method1(intern!(py, "set_result"), (py.None(),))
+            && !waiter.call_method0(intern!(py, "done")).is_ok_and(|done| done.is_truthy().unwrap_or(false))
+        {
             error.write_unraisable(py, Some(waiter));
         }
     }
@@ -425,7 +414,7 @@ impl Split {
             return Ok(Poll::Turn);
         }
         if !is_over {
-            let waiter = this.env.get().clock(py)?.event_loop.bind(py).call_method0(intern!(py, "create_future"))?;
+            let waiter = this.env.get().clock(py)?.future(py)?;
             waiter.setattr(intern!(py, "_asyncio_future_blocking"), true)?;
             let kept = waiter.clone().unbind();
             let old = this.state.with(py, |state| state.waiter.replace(kept));
@@ -441,7 +430,8 @@ impl Split {
             return Ok(Poll::Interrupted(error));
         }
         let ended = branches.into_iter().map(|branch| branch.ended).collect();
-        Ok(Poll::Joined(verdict, SplitResult::new(ended)))
+        let origin = Origin { env: this.env.clone_ref(py), scope: this.scope.clone() };
+        Ok(Poll::Joined(verdict, SplitResult::new(ended, Some(origin))))
     }
 
     /// The parent was resumed: steps the branches that wait for it to be.
