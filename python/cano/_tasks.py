@@ -15,7 +15,7 @@ import os
 import threading
 import types
 import typing
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
 from weakref import WeakKeyDictionary
@@ -334,6 +334,16 @@ def name_of(task: Any) -> str:
         return name_of(task.func)
     found = getattr(task, "__qualname__", None) or type(task).__qualname__
     return str(found)[-_NAME_LIMIT:]
+
+
+def await_branch(branch: Any) -> Generator[Any, None, Any]:
+    """The steps of ``await branch``: those of a future."""
+    if not branch.done():
+        branch._asyncio_future_blocking = True
+        yield branch
+    if not branch.done():
+        raise RuntimeError("await wasn't used with future")
+    return branch.result()
 
 
 # --- work that would block the loop ----------------------------------------------------------------------------------

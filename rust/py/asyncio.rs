@@ -1,20 +1,23 @@
 //! The few names of asyncio that the driver calls, looked up once per process.
 
+use std::sync::OnceLock;
+use std::time::Instant;
+
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PyDict, PyType};
 
 pub(super) struct Asyncio {
     running_loop: Py<PyAny>,
     current_task: Py<PyAny>,
     sleep: Py<PyAny>,
     pub(super) task: Py<PyType>,
+    future: Py<PyAny>,
     base_loop_time: Py<PyAny>,
     monotonic: Py<PyAny>,
     random: Py<PyAny>,
-    copy_context: Py<PyAny>,
 }
 
 impl Asyncio {
@@ -27,10 +30,10 @@ impl Asyncio {
                 current_task: asyncio.getattr("current_task")?.unbind(),
                 sleep: asyncio.getattr("sleep")?.unbind(),
                 task: asyncio.getattr("Task")?.cast_into()?.unbind(),
+                future: asyncio.getattr("Future")?.unbind(),
                 base_loop_time: asyncio.getattr("BaseEventLoop")?.getattr("time")?.unbind(),
                 monotonic: py.import("time")?.getattr("monotonic")?.unbind(),
                 random: py.import("random")?.getattr("random")?.unbind(),
-                copy_context: py.import("contextvars")?.getattr("copy_context")?.unbind(),
             })
         })
     }
@@ -42,10 +45,6 @@ impl Asyncio {
     /// A number in [0, 1) for the core's jitter; Python's, so that `random.seed` makes a test repeatable.
     pub(super) fn dice(&self, py: Python<'_>) -> PyResult<f64> {
         self.random.bind(py).call0()?.extract()
-    }
-
-    pub(super) fn copy_context<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.copy_context.bind(py).call0()
     }
 
     /// The task that is running now, if any; without a running loop there is none.
@@ -63,19 +62,42 @@ pub(super) struct Clock {
     pub(super) event_loop: Py<PyAny>,
     /// `time.monotonic` where the loop's `time()` is asyncio's own (it returns just that), else the loop's bound method.
     now: Py<PyAny>,
+    is_stock: bool,
 }
 
 impl Clock {
     pub(super) fn running(py: Python<'_>) -> PyResult<Clock> {
         let names = Asyncio::of(py)?;
         let event_loop = names.running_loop.bind(py).call0()?;
-        let stock = event_loop.get_type().getattr(intern!(py, "time"))?.is(names.base_loop_time.bind(py));
-        let now = if stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };
-        Ok(Clock { event_loop: event_loop.unbind(), now })
+        let is_stock = event_loop.get_type().getattr(intern!(py, "time"))?.is(names.base_loop_time.bind(py));
+        let now =
+            if is_stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };
+        Ok(Clock { event_loop: event_loop.unbind(), now, is_stock })
     }
 
     pub(super) fn now(&self, py: Python<'_>) -> PyResult<f64> {
         self.now.bind(py).call0()?.extract()
+    }
+
+    /// A point in time for differences: the loop's clock, read natively where it is the system's monotonic one.
+    pub(super) fn mark(&self, py: Python<'_>) -> PyResult<f64> {
+        static START: OnceLock<Instant> = OnceLock::new();
+        if !self.is_stock {
+            return self.now(py);
+        }
+        #[allow(clippy::disallowed_methods, reason = "elapsed times of branches, twice per branch; no rule reads them")]
+        let (start, now) = (START.get_or_init(Instant::now), Instant::now());
+        Ok(now.saturating_duration_since(*start).as_secs_f64())
+    }
+
+    /// A future of the loop; its own method is only Python around this class where the loop is asyncio's.
+    pub(super) fn future<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if !self.is_stock {
+            return self.event_loop.bind(py).call_method0(intern!(py, "create_future"));
+        }
+        let options = PyDict::new(py);
+        options.set_item(intern!(py, "loop"), &self.event_loop)?;
+        Asyncio::of(py)?.future.bind(py).call((), Some(&options))
     }
 
     /// Arms a timer; cancel what is returned with `disarm`.

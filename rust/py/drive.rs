@@ -241,7 +241,15 @@ impl Drive {
                     }
                 };
                 let plan = task.plan.bind(py);
-                task.call(py, arguments(plan, this.env.get(), context, self.joined.as_ref())?)
+                task.call(
+                    py,
+                    arguments(
+                        plan,
+                        this.env.get(),
+                        context,
+                        self.joined.as_ref().map(|joined| joined.bind(py).as_any()),
+                    )?,
+                )
             }
         }
     }
@@ -539,10 +547,17 @@ impl Drive {
     /// Waits for a split, or takes its result.
     fn join<'py>(&mut self, run: &Bound<'py, Run>, split: Py<Split>, input: Option<Input<'py>>) -> PyResult<Flow<'py>> {
         let (py, table) = (run.py(), run.get().env.get().table.get());
-        if let Some(Input::Throw(error)) = input {
-            split.get().interrupt(py, error)?;
+        if let Some(input) = input {
+            if let Input::Throw(error) = input {
+                split.get().interrupt(py, error)?;
+            }
+            Split::resumed(split.bind(py))?;
         }
         let (verdict, result) = match Split::poll(split.bind(py))? {
+            Poll::Turn => {
+                self.suspended(run)?;
+                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Join(split)));
+            }
             Poll::Waiting(waiter) => {
                 self.suspended(run)?;
                 return Ok(Flow::Suspend(waiter, Phase::Join(split)));

@@ -332,7 +332,7 @@ pub(super) fn arguments<'py>(
     plan: &Bound<'py, Plan>,
     env: &Env,
     context: impl Fn() -> RunContext,
-    joined: Option<&Py<super::result::SplitResult>>,
+    joined: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = plan.py();
     plan.get()
@@ -344,7 +344,7 @@ pub(super) fn arguments<'py>(
             Source::Resource { key, class } => env.resource(plan, at, key, class),
             Source::Context => Ok(Bound::new(py, context())?.into_any()),
             Source::Joined { optional } => match joined {
-                Some(result) => Ok(result.bind(py).clone().into_any()),
+                Some(result) => Ok((*result).clone()),
                 None if *optional => Ok(py.None().into_bound(py)),
                 None => Err(errors::WorkflowError::new_err(
                     "the task takes a SplitResult, but its state was not entered through a split; \

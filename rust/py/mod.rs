@@ -1,6 +1,6 @@
 //! The driver: what Python hands over is converted here, `core` is asked, and its verdict carried out.
 //!
-//! A file may use only the files named above it. `unsafe` appears in `run.rs` alone.
+//! A file may use only the files named above it. `unsafe` appears in `run.rs` and `branch.rs` alone.
 
 mod errors;
 
@@ -12,15 +12,17 @@ mod definition;
 
 mod memory;
 
-mod result;
-
 mod table;
 
 mod env;
 
+mod result;
+
 mod timer;
 
 mod run;
+
+mod branch;
 
 mod split;
 
@@ -28,6 +30,8 @@ mod drive;
 
 #[pyo3::pymodule(gil_used = true)]
 mod _core {
+    #[pymodule_export]
+    use super::branch::configure_branches;
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]

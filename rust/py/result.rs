@@ -1,8 +1,13 @@
 //! What a split hands to the state it joins into.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
+
+use super::env::{Env, Failure, Scope};
 
 /// How one branch ended.
 pub(super) enum End {
@@ -64,19 +69,49 @@ impl BranchOutcome {
     }
 }
 
+/// Where a split happened, for the notes on its branches' exceptions; they are written when somebody looks at the errors.
+pub(super) struct Origin {
+    pub(super) env: Py<Env>,
+    pub(super) scope: Arc<Scope>,
+}
+
 /// Every outcome of a split, in branch order.
 #[pyclass(frozen, module = "cano")]
 pub(super) struct SplitResult {
     branches: Box<[Ended]>,
+    origin: Option<Origin>,
+    is_annotated: AtomicBool,
 }
 
 impl SplitResult {
-    pub(super) fn new(branches: Vec<Ended>) -> Self {
-        Self { branches: branches.into_boxed_slice() }
+    pub(super) fn new(branches: Vec<Ended>, origin: Option<Origin>) -> Self {
+        Self { branches: branches.into_boxed_slice(), origin, is_annotated: AtomicBool::new(false) }
+    }
+
+    /// Names its branch on every exception, once; a branch that was a run of its own has done so already.
+    fn annotate(&self, py: Python<'_>) {
+        let Some(Origin { env, scope }) = &self.origin else { return };
+        if self.is_annotated.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        for (index, branch) in self.branches.iter().enumerate() {
+            if let End::Error(error) = &branch.end {
+                let failure = Failure {
+                    state: scope.state,
+                    task: Some(&branch.name),
+                    attempt: 1,
+                    max_attempts: 1,
+                    branch: Some(index),
+                };
+                let error = PyErr::from_value(error.bind(py).clone());
+                failure.annotate(py, env.get(), scope.path.iter().copied(), scope.entered, error);
+            }
+        }
     }
 
     /// The exceptions of the branches that failed, in branch order.
     pub(super) fn exceptions(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
+        self.annotate(py);
         self.branches
             .iter()
             .filter_map(|branch| match &branch.end {
@@ -95,6 +130,9 @@ impl SplitResult {
     }
 
     fn outcomes<'py>(&self, py: Python<'py>, failed: bool) -> PyResult<Bound<'py, PyList>> {
+        if failed {
+            self.annotate(py);
+        }
         let list = PyList::empty(py);
         for (index, branch) in self.branches.iter().enumerate() {
             let (value, error) = match &branch.end {
@@ -135,7 +173,7 @@ impl SplitResult {
                 elapsed: outcome.elapsed,
             };
         }
-        Ok(Self::new(branches))
+        Ok(Self::new(branches, None))
     }
 
     #[getter]
@@ -192,6 +230,7 @@ impl SplitResult {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(self.origin.as_ref().map(|origin| &origin.env))?;
         for branch in &self.branches {
             match &branch.end {
                 End::Value(object) | End::Error(object) => visit.call(object)?,

@@ -1,30 +1,38 @@
 //! A split at run time: its branches, their join, and the future on which the parent waits.
 //!
-//! Every branch is an `asyncio.Task` with one native done-callback. The core's `Join` counts; what it decides is carried out
-//! here: the rest is cancelled, and the parent is woken once, when the join is decided and no branch is alive. Branches that
-//! a bulkhead still holds back when the decision falls are never started and count as cancelled.
+//! The core's `Join` counts; what it decides is carried out here: the rest is cancelled, and the parent is woken once, when
+//! the join is decided and no branch is alive. Branches that a bulkhead still holds back when the decision falls are never
+//! started and count as cancelled.
+//!
+//! A branch is a native `Branch`, started inside the parent's step; or an `asyncio.Task` with one native done-callback, where
+//! the loop is in debug mode, has a task factory, or somebody asked for it (compatibility mode).
+//!
+//! A native branch that yields nothing (`sleep(0)`) is queued. If every living branch is queued, the parent yields nothing as
+//! well and steps them all when it is resumed; otherwise one handle on the loop serves all that are queued by then.
 //!
 //! Invariants.
-//! - `alive` counts the tasks whose callback has not run; the parent goes on only at zero.
-//! - The cell is never borrowed while Python runs: tasks to cancel or start are taken out first.
+//! - `alive` counts the branches that have started and not ended; the parent goes on only at zero.
+//! - The cell is never borrowed while Python runs: branches to cancel, start or step are taken out first.
 //! - A callback cannot lose the parent: whatever fails in it becomes the outcome of its branch.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use pyo3::exceptions::{PyException, PyRuntimeError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyString};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::join::{Join, JoinVerdict, Outcome};
 
 use super::asyncio::{Asyncio, disarm};
+use super::branch;
 use super::definition::TaskSpec;
 use super::drive::{Drive, branch_name};
-use super::env::{Env, Failure, RunContext, Scope, arguments};
+use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, from_panic};
-use super::result::{End, Ended, SplitResult};
+use super::result::{End, Ended, Origin, SplitResult};
 use super::run::{GilCell, Run};
 use super::table::JoinSpec;
 
@@ -48,6 +56,14 @@ struct State {
     alive: usize,
     waiter: Option<Py<PyAny>>,
     timer: Option<Py<PyAny>>,
+    /// Native branches that want another turn, oldest first.
+    queued: Vec<Py<PyAny>>,
+    /// Whether a handle on the loop will step them.
+    turn_is_scheduled: bool,
+    /// Whether branches are being started further up the stack.
+    is_starting: bool,
+    /// When a branch ended that was started by the loop which is still at it: then the next one starts.
+    last_end: Option<f64>,
     /// What was thrown into the parent, or a `BaseException` of a branch: nothing more is started, and it leaves the run.
     interrupted: Option<PyErr>,
 }
@@ -61,9 +77,30 @@ impl State {
 /// What the parent finds when it looks.
 pub(super) enum Poll<'py> {
     Waiting(Bound<'py, PyAny>),
+    /// All living branches are queued: the parent gives the loop a turn, then `resumed` steps them.
+    Turn,
     Joined(JoinVerdict, SplitResult),
     Interrupted(PyErr),
 }
+
+/// How the branches of a split are run.
+enum Mode {
+    Native,
+    /// `asyncio.Task`, or `loop.create_task` where a task factory is installed, which then sees every branch; and the keyword
+    /// arguments for it.
+    Compatible {
+        make_task: Py<PyAny>,
+        options: Py<PyDict>,
+    },
+}
+
+thread_local! {
+    /// How many splits are starting branches inside one another's steps.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Splits nested deeper than this start their branches in a turn of the loop, so that nesting uses no stack.
+const DEPTH_LIMIT: u32 = 32;
 
 #[pyclass(frozen, module = "cano._core")]
 pub(super) struct Split {
@@ -72,12 +109,10 @@ pub(super) struct Split {
     /// The state that a fork's branches run up to.
     until: usize,
     bulkhead: usize,
-    /// The parent's context, for branches that are started later.
-    context: Py<PyAny>,
-    /// `asyncio.Task`, or `loop.create_task` where a task factory is installed, which then sees every branch.
-    make_task: Py<PyAny>,
-    /// Keyword arguments for it.
-    options: Py<PyDict>,
+    /// The parent's context, for branches that are started later; None where all start at once.
+    context: Option<Py<PyAny>>,
+    event_loop: Py<PyAny>,
+    mode: Mode,
     state: GilCell<State>,
 }
 
@@ -90,16 +125,8 @@ impl Split {
         let visit = this.track.with(py, |track| track.visits.get(state).copied().unwrap_or(1));
         let (path, entered) = this.path_copy(py);
         let scope = Scope { parent: this.scope.clone(), state, visit, path: path.into(), entered };
-        let event_loop = clock.event_loop.bind(py);
-        let options = PyDict::new(py);
-        options.set_item(intern!(py, "name"), env.label(py, state))?;
-        let has_factory = !event_loop.call_method0(intern!(py, "get_task_factory"))?.is_none();
-        let make_task = if has_factory {
-            event_loop.getattr(intern!(py, "create_task"))?.unbind()
-        } else {
-            options.set_item(intern!(py, "loop"), event_loop)?;
-            Asyncio::of(py)?.task.clone_ref(py).into_any()
-        };
+        let parent = Asyncio::of(py)?.host(py)?;
+        let mode = Mode::choose(py, clock.event_loop.bind(py), env.label(py, state), parent.is_some())?;
         let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
         let branches = starts
             .into_iter()
@@ -116,9 +143,9 @@ impl Split {
                 scope: Arc::new(scope),
                 until: spec.next,
                 bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
-                context: Asyncio::of(py)?.copy_context(py)?.unbind(),
-                make_task,
-                options: options.unbind(),
+                context: spec.bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
+                event_loop: clock.event_loop.clone_ref(py),
+                mode,
                 state: GilCell::new(State {
                     branches,
                     join,
@@ -126,6 +153,10 @@ impl Split {
                     alive: 0,
                     waiter: None,
                     timer: None,
+                    queued: Vec::new(),
+                    turn_is_scheduled: false,
+                    is_starting: false,
+                    last_end: None,
                     interrupted: None,
                 }),
             },
@@ -135,13 +166,31 @@ impl Split {
             let timer = clock.call_at(py, clock.now(py)? + seconds, callback)?;
             split.get().state.with(py, |state| state.timer = Some(timer));
         }
-        Self::start(&split, true);
+        Self::in_step_of(&split, parent.as_ref(), || Self::start(&split, true))?;
         Ok(split.unbind())
+    }
+
+    /// Lets `steps` run branches inside the step of the parent task, which is not the current task meanwhile.
+    fn in_step_of(slf: &Bound<'_, Self>, parent: Option<&Py<PyAny>>, steps: impl FnOnce()) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let (Mode::Native, Some(parent)) = (&this.mode, parent) else {
+            steps();
+            return Ok(());
+        };
+        let event_loop = this.event_loop(py);
+        branch::leave(event_loop, parent.bind(py))?;
+        steps();
+        branch::enter(event_loop, parent.bind(py))
     }
 
     /// Starts branches while the bulkhead has room and nothing is decided. `at_once`: inside the parent's own step.
     fn start(slf: &Bound<'_, Self>, at_once: bool) {
         let (py, this) = (slf.py(), slf.get());
+        // A branch that ends while it is started leaves its place to the loop below, not to one within it.
+        if this.state.with(py, |state| std::mem::replace(&mut state.is_starting, true)) {
+            return;
+        }
+        DEPTH.set(DEPTH.get() + 1);
         loop {
             let next = this.state.with(py, |state| {
                 if !state.goes_on() || state.alive >= this.bulkhead || state.next == state.branches.len() {
@@ -152,23 +201,28 @@ impl Split {
                 state.alive += 1;
                 Some((index, state.branches[index].start.take()))
             });
-            let Some((index, start)) = next else { return };
+            let Some((index, start)) = next else { break };
             let made = start
                 .ok_or_else(|| PyRuntimeError::new_err("a branch was started twice"))
                 .and_then(|start| Self::start_one(slf, index, start, at_once));
             match made {
-                Ok(task) => this.state.with(py, |state| state.branches[index].task = Some(task)),
+                Ok(()) => {}
                 Err(error) => drop(this.record(py, index, Err(error))),
             }
         }
+        DEPTH.set(DEPTH.get() - 1);
+        this.state.with(py, |state| {
+            state.is_starting = false;
+            state.last_end = None;
+        });
     }
 
-    fn start_one(slf: &Bound<'_, Self>, index: usize, start: Start, at_once: bool) -> PyResult<Py<PyAny>> {
+    fn start_one(slf: &Bound<'_, Self>, index: usize, start: Start, at_once: bool) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
         let env = this.env.get();
-        let clock = env.clock(py)?;
         let place = Some((this.scope.clone(), index));
-        let started = clock.now(py)?;
+        let last_end = this.state.with(py, |state| state.last_end.take());
+        let started = last_end.unwrap_or_else(|| this.mark(py));
         this.state.with(py, |state| state.branches[index].ended.elapsed = started);
         let coroutine = match start {
             Start::Task(task) if task.get().is_plain_coroutine() => {
@@ -196,10 +250,41 @@ impl Split {
                 this.driven(py, first, drive, place)?
             }
         };
-        let task = this.make_task(py, coroutine, at_once)?;
-        let done = Done { split: slf.clone().unbind(), index };
-        task.call_method1(intern!(py, "add_done_callback"), (done,))?;
-        Ok(task.unbind())
+        match &this.mode {
+            Mode::Native => Self::start_native(slf, index, coroutine, at_once),
+            Mode::Compatible { make_task, options } => {
+                let (make_task, options) = (make_task.bind(py), options.bind(py));
+                let task = match &this.context {
+                    // Outside the parent's step its context is not the current one; a task copies the one it is made in.
+                    Some(context) if !at_once => {
+                        context.bind(py).call_method(intern!(py, "run"), (make_task, coroutine), Some(options))?
+                    }
+                    _ => make_task.call((coroutine,), Some(options))?,
+                };
+                let done = Done { split: slf.clone().unbind(), index };
+                task.call_method1(intern!(py, "add_done_callback"), (done,))?;
+                this.state.with(py, |state| state.branches[index].task = Some(task.unbind()));
+                Ok(())
+            }
+        }
+    }
+
+    fn start_native(slf: &Bound<'_, Self>, index: usize, coroutine: Bound<'_, PyAny>, at_once: bool) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let context = match &this.context {
+            Some(context) if !at_once => branch::copy_of(context.bind(py))?,
+            _ => branch::copy_context(py)?,
+        };
+        let branch = branch::new(slf, index, coroutine, context)?;
+        let kept = branch.clone().unbind();
+        this.state.with(py, |state| state.branches[index].task = Some(kept));
+        if DEPTH.get() > DEPTH_LIMIT {
+            Self::queue(slf, &branch);
+            return Ok(());
+        }
+        // What would end the loop is known to the split already, and leaves through the parent.
+        drop(branch::step_in_context(&branch, this.event_loop(py)));
+        Ok(())
     }
 
     /// A branch that needs a run of its own, inside a real coroutine.
@@ -214,23 +299,8 @@ impl Split {
         self.env.get().table.get().drive.bind(py).call1((run,))
     }
 
-    fn make_task<'py>(
-        &self,
-        py: Python<'py>,
-        coroutine: Bound<'py, PyAny>,
-        at_once: bool,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let make_task = self.make_task.bind(py);
-        let options = self.options.bind(py);
-        if at_once {
-            return make_task.call((coroutine,), Some(options));
-        }
-        // Outside the parent's step its context is not the current one; a task copies the one it is made in.
-        self.context.bind(py).call_method(intern!(py, "run"), (make_task, coroutine), Some(options))
-    }
-
     /// A branch ended: records it, and carries out what follows.
-    fn ended(slf: &Bound<'_, Self>, index: usize, outcome: PyResult<Py<PyAny>>) {
+    pub(super) fn ended(slf: &Bound<'_, Self>, index: usize, outcome: PyResult<Py<PyAny>>) {
         let (py, this) = (slf.py(), slf.get());
         if this.record(py, index, outcome) {
             Self::start(slf, false);
@@ -240,21 +310,19 @@ impl Split {
 
     /// Records how a branch ended, and cancels the rest if that decides the join. Whether the split goes on.
     fn record(&self, py: Python<'_>, index: usize, outcome: PyResult<Py<PyAny>>) -> bool {
-        let now = self.env.get().now(py).unwrap_or_default();
+        let now = self.mark(py);
         let (end, counted, fatal) = match outcome {
             Ok(value) => (End::Value(value), Outcome::Succeeded, None),
             Err(error) if error.is_instance_of::<CancelledError>(py) => (End::Cancelled, Outcome::Cancelled, None),
             Err(error) => match Self::as_failure(py, error) {
-                Ok(error) => {
-                    let error = self.annotate(py, index, error);
-                    (End::Error(error.into_value(py).into_any()), Outcome::Failed, None)
-                }
+                Ok(error) => (End::Error(error.into_value(py).into_any()), Outcome::Failed, None),
                 Err(fatal) => (End::Cancelled, Outcome::Cancelled, Some(fatal)),
             },
         };
         let (was_going_on, goes_on, dropped) = self.state.with(py, |state| {
             let was_going_on = state.goes_on();
             state.alive -= 1;
+            state.last_end = state.is_starting.then_some(now);
             let branch = &mut state.branches[index];
             branch.ended.elapsed = now - branch.ended.elapsed;
             let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take());
@@ -278,26 +346,20 @@ impl Split {
         if error.is_instance_of::<PyException>(py) { Ok(error) } else { from_panic(py, error) }
     }
 
-    fn annotate(&self, py: Python<'_>, index: usize, error: PyErr) -> PyErr {
-        let name = self.state.with(py, |state| state.branches[index].ended.name.clone_ref(py));
-        let failure =
-            Failure { state: self.scope.state, task: Some(&name), attempt: 1, max_attempts: 1, branch: Some(index) };
-        let path = self.scope.path.iter().copied();
-        failure.annotate(py, self.env.get(), path, self.scope.entered, error)
-    }
-
     /// Cancels every branch that is alive.
     fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
         let tasks: Vec<Py<PyAny>> = self.state.with(py, |state| {
             state.branches.iter().filter_map(|branch| Some(branch.task.as_ref()?.clone_ref(py))).collect()
         });
         for task in tasks {
-            let cancelled = match message {
-                Some(message) => task.bind(py).call_method1(intern!(py, "cancel"), (message,)),
-                None => task.bind(py).call_method0(intern!(py, "cancel")),
+            let task = task.bind(py);
+            let cancelled = match (&self.mode, message) {
+                (Mode::Native, message) => branch::cancel(task, message).map(drop),
+                (_, Some(message)) => task.call_method1(intern!(py, "cancel"), (message,)).map(drop),
+                (_, None) => task.call_method0(intern!(py, "cancel")).map(drop),
             };
             if let Err(error) = cancelled {
-                error.write_unraisable(py, Some(task.bind(py)));
+                error.write_unraisable(py, Some(task));
             }
         }
     }
@@ -311,13 +373,10 @@ impl Split {
         let waiter = self.state.with(py, |state| if Self::is_over(state) { state.waiter.take() } else { None });
         let Some(waiter) = waiter else { return };
         let waiter = waiter.bind(py);
-        let woken = waiter.call_method0(intern!(py, "done")).and_then(|done| done.is_truthy()).and_then(|done| {
-            if !done {
-                waiter.call_method1(intern!(py, "set_result"), (py.None(),))?;
-            }
-            Ok(())
-        });
-        if let Err(error) = woken {
+        // One that was cancelled meanwhile has woken the parent already.
+        if let Err(error) = waiter.call_method1(intern!(py, "set_result"), (py.None(),))
+            && !waiter.call_method0(intern!(py, "done")).is_ok_and(|done| done.is_truthy().unwrap_or(false))
+        {
             error.write_unraisable(py, Some(waiter));
         }
     }
@@ -347,12 +406,20 @@ impl Split {
     /// What the parent has to do now. The result can be taken once.
     pub(super) fn poll<'py>(slf: &Bound<'py, Self>) -> PyResult<Poll<'py>> {
         let (py, this) = (slf.py(), slf.get());
-        if !this.state.with(py, |state| Self::is_over(state)) {
-            let waiter = this.env.get().clock(py)?.event_loop.bind(py).call_method0(intern!(py, "create_future"))?;
+        let (is_over, all_are_queued) = this.state.with(py, |state| {
+            let queued = state.queued.len();
+            (Self::is_over(state), queued > 0 && queued == state.alive && !state.turn_is_scheduled)
+        });
+        if all_are_queued {
+            return Ok(Poll::Turn);
+        }
+        if !is_over {
+            let waiter = this.env.get().clock(py)?.future(py)?;
             waiter.setattr(intern!(py, "_asyncio_future_blocking"), true)?;
             let kept = waiter.clone().unbind();
             let old = this.state.with(py, |state| state.waiter.replace(kept));
             drop(old);
+            Self::after_callback(slf);
             return Ok(Poll::Waiting(waiter));
         }
         let (timer, interrupted, verdict, branches) = this.state.with(py, |state| {
@@ -363,14 +430,125 @@ impl Split {
             return Ok(Poll::Interrupted(error));
         }
         let ended = branches.into_iter().map(|branch| branch.ended).collect();
-        Ok(Poll::Joined(verdict, SplitResult::new(ended)))
+        let origin = Origin { env: this.env.clone_ref(py), scope: this.scope.clone() };
+        Ok(Poll::Joined(verdict, SplitResult::new(ended, Some(origin))))
     }
 
-    /// The parent is closed: nothing waits for the branches any more, they are cancelled.
+    /// The parent was resumed: steps the branches that wait for it to be.
+    pub(super) fn resumed(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let waits = this.state.with(py, |state| !state.queued.is_empty() && !state.turn_is_scheduled);
+        if !waits {
+            return Ok(());
+        }
+        let parent = Asyncio::of(py)?.host(py)?;
+        // What would end the loop is known to the split already, and leaves through the parent.
+        Self::in_step_of(slf, parent.as_ref(), || drop(Self::step_queued(slf)))
+    }
+
+    /// Steps every branch that is queued now. An error is one that ends the loop as well.
+    fn step_queued(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let event_loop = this.event_loop(py);
+        let mut batch = this.state.with(py, |state| std::mem::take(&mut state.queued)).into_iter();
+        while let Some(next) = batch.next() {
+            if let Err(error) = branch::step_in_context(next.bind(py), event_loop) {
+                this.state.with(py, |state| state.queued.splice(0..0, batch).for_each(drop));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// A branch wants another turn.
+    pub(super) fn queue(slf: &Bound<'_, Self>, branch: &Bound<'_, PyAny>) {
+        let branch = branch.clone().unbind();
+        slf.get().state.with(slf.py(), |state| state.queued.push(branch));
+    }
+
+    /// While the parent waits for its future, the loop has to step what is queued.
+    pub(super) fn after_callback(slf: &Bound<'_, Self>) {
+        let (py, this) = (slf.py(), slf.get());
+        let wanted = this.state.with(py, |state| {
+            let wanted = state.waiter.is_some() && !state.queued.is_empty() && !state.turn_is_scheduled;
+            state.turn_is_scheduled |= wanted;
+            wanted
+        });
+        if !wanted {
+            return;
+        }
+        let scheduled = slf
+            .getattr(intern!(py, "_turn"))
+            .and_then(|turn| this.event_loop(py).call_method1(intern!(py, "call_soon"), (turn,)));
+        if let Err(error) = scheduled {
+            this.state.with(py, |state| state.turn_is_scheduled = false);
+            error.write_unraisable(py, Some(slf));
+        }
+    }
+
+    pub(super) fn event_loop<'py>(&self, py: Python<'py>) -> &Bound<'py, PyAny> {
+        self.event_loop.bind(py)
+    }
+
+    /// A point in time, for how long branches took.
+    fn mark(&self, py: Python<'_>) -> f64 {
+        self.env.get().clock(py).and_then(|clock| clock.mark(py)).unwrap_or_default()
+    }
+
+    /// The name of a branch as a task: its own, and its index.
+    pub(super) fn name_of_branch(&self, py: Python<'_>, index: usize) -> PyResult<String> {
+        let name = self.state.with(py, |state| state.branches.get(index).map(|branch| branch.ended.name.clone_ref(py)));
+        match name {
+            Some(name) => Ok(format!("{}[{index}]", name.bind(py).to_cow()?)),
+            None => Ok(format!("branch[{index}]")),
+        }
+    }
+
+    /// The parent is closed: nothing waits for the branches any more.
     pub(super) fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let timer = self.state.with(py, |state| state.timer.take());
+        let (timer, waiter, branches) =
+            self.state.with(py, |state| (state.timer.take(), state.waiter.take(), std::mem::take(&mut state.branches)));
         disarm(py, timer);
-        self.interrupt(py, CancelledError::new_err(()))
+        drop(waiter);
+        let mut closed = Ok(());
+        for branch in branches {
+            if let Some(task) = branch.task {
+                let task = task.bind(py);
+                let ended = match self.mode {
+                    Mode::Native => branch::close(task),
+                    Mode::Compatible { .. } => task.call_method0(intern!(py, "cancel")).map(drop),
+                };
+                closed = closed.and(ended);
+            }
+        }
+        closed
+    }
+}
+
+impl Mode {
+    fn choose(
+        py: Python<'_>,
+        event_loop: &Bound<'_, PyAny>,
+        name: &Bound<'_, PyString>,
+        has_parent: bool,
+    ) -> PyResult<Self> {
+        let has_factory = !event_loop.call_method0(intern!(py, "get_task_factory"))?.is_none();
+        let native = has_parent
+            && !has_factory
+            && branch::is_chosen(py)
+            && !event_loop.call_method0(intern!(py, "get_debug"))?.is_truthy()?;
+        if native {
+            return Ok(Mode::Native);
+        }
+        let options = PyDict::new(py);
+        options.set_item(intern!(py, "name"), name)?;
+        let make_task = if has_factory {
+            event_loop.getattr(intern!(py, "create_task"))?.unbind()
+        } else {
+            options.set_item(intern!(py, "loop"), event_loop)?;
+            Asyncio::of(py)?.task.clone_ref(py).into_any()
+        };
+        Ok(Mode::Compatible { make_task, options: options.unbind() })
     }
 }
 
@@ -392,15 +570,29 @@ impl Split {
         self.wake(py);
     }
 
+    /// The event loop calls this for the branches that were queued.
+    fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
+        slf.get().state.with(slf.py(), |state| state.turn_is_scheduled = false);
+        let outcome = Self::step_queued(slf);
+        Self::after_callback(slf);
+        outcome
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.env)?;
         visit.call(&self.context)?;
-        visit.call(&self.make_task)?;
-        visit.call(&self.options)?;
+        visit.call(&self.event_loop)?;
+        if let Mode::Compatible { make_task, options } = &self.mode {
+            visit.call(make_task)?;
+            visit.call(options)?;
+        }
         self.state
             .peek(|state| {
                 visit.call(&state.waiter)?;
                 visit.call(&state.timer)?;
+                for branch in &state.queued {
+                    visit.call(branch)?;
+                }
                 for branch in &state.branches {
                     visit.call(&branch.task)?;
                     if let Some(Start::Task(task)) = &branch.start {
