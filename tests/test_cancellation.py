@@ -14,9 +14,11 @@ import anyio
 import pytest
 
 from cano import (
+    AttemptTimeoutError,
     CanoError,
     ConfigurationError,
     JoinConfig,
+    JoinError,
     JoinStrategy,
     Resource,
     SplitResult,
@@ -811,6 +813,40 @@ class TestSwallowedCancel:
         assert len(attempts) == 1
         assert asyncio.get_running_loop().time() == 15
         assert asyncio.current_task().cancelling() == 0
+
+    @pytest.mark.virtual
+    @pytest.mark.parametrize("run_limit", [1, 1.5, 2, None])
+    @pytest.mark.parametrize("attempt_limit", [1, 1.5, 2, None])
+    @pytest.mark.parametrize("does", ["swallows", "cleans up"])
+    @pytest.mark.parametrize("shape", ["task", "branch"])
+    async def test_timeouts_of_attempt_and_run_take_back_what_they_asked_for(
+        self, shape: str, does: str, attempt_limit: float | None, run_limit: float | None
+    ) -> None:
+        """Whatever the limits and whatever the task makes of them, no cancel of theirs stays counted."""
+
+        async def task() -> str:
+            for _ in range(3):
+                try:
+                    await asyncio.sleep(1.25)
+                except asyncio.CancelledError:
+                    if does == "cleans up":
+                        await asyncio.sleep(5)
+                        raise
+            return "done"
+
+        configuration = TaskConfig().with_attempt_timeout(attempt_limit)
+        workflow = one(configured(task, configuration)) if shape == "task" else split(configured(task, configuration))
+        host = asyncio.ensure_future(workflow.orchestrate("only", timeout=run_limit))
+        (outcome,) = await asyncio.gather(host, return_exceptions=True)
+
+        assert host.cancelling() == 0
+        if attempt_limit is None and run_limit is None:
+            assert outcome == "done"
+        elif does == "cleans up":
+            of_attempt = AttemptTimeoutError if shape == "task" else JoinError
+            assert type(outcome) is (of_attempt if run_limit is None else WorkflowTimeoutError)
+        else:
+            assert outcome == "done" or (shape == "branch" and type(outcome) is WorkflowTimeoutError)
 
     async def test_branch_that_swallows_the_cancel_is_waited_for(self) -> None:
         """A branch that goes on after a cancel holds the run up until it ends, and the cancel comes out all the same."""

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 import sys
 import threading
 import tracemalloc
@@ -38,6 +39,7 @@ from cano import (
 from cano.testing import VirtualClockLoop, run
 
 RUNS = 20_000
+RUNS_IN_DEBUG_MODE = 400  # where asyncio writes down a stack for each task
 
 
 class Boom(Exception):
@@ -201,22 +203,23 @@ def test_many_runs_use_no_more_than_few(shape: str) -> None:
     """20,000 runs leave no object, no byte and no garbage behind, whatever their ending."""
     # reliability C8, C9, section 7
     workflow, how, outcome = SHAPES[shape]
+    runs = RUNS_IN_DEBUG_MODE if os.environ.get("PYTHONASYNCIODEBUG") else RUNS
 
     async def repeat(count: int) -> None:
         for _ in range(count):
             assert await how(workflow) == outcome
 
     async def measure() -> tuple[Use, Use]:
-        await repeat(300)
+        await repeat(100)
         before = Use()
-        await repeat(RUNS // 2)
+        await repeat(runs // 2)
         tracemalloc.start()
         await repeat(100)
         traced = Use().traced
-        await repeat(1_000)
+        await repeat(runs // 20)
         grown = Use().traced - traced
         tracemalloc.stop()
-        await repeat(RUNS // 2)
+        await repeat(runs // 2)
         after = Use()
         after.traced, before.traced = grown, 0
         return before, after
@@ -900,8 +903,8 @@ class TestDrivenByHand:
             "resource 'first' was not torn down: the coroutine using it was closed"
         ]
 
-    async def test_close_in_a_split_cancels_the_branches_without_waiting(self) -> None:
-        """A closed run cannot await its branches; they are cancelled, and end on their own."""
+    async def test_close_in_a_split_ends_the_branches(self) -> None:
+        """A closed run cannot await its branches; they are closed with it, or cancelled where they are plain tasks."""
         events = []
 
         async def branch() -> None:
@@ -914,10 +917,8 @@ class TestDrivenByHand:
         coroutine.send(None)
         await ticks(2)
         coroutine.close()
-        at_close = list(events)
         await ticks(3)
 
-        assert at_close == []
         assert events == ["ended", "ended"]
 
     def test_task_that_ignores_its_close_is_reported(self) -> None:

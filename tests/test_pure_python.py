@@ -544,12 +544,12 @@ async def test_budget_is_noticed_without_a_suspension(config):
 
     def slow():
         calls.append(1)
-        time.sleep(0.005)
+        time.sleep(0.06)
         if config:
             raise OSError
         return S.WORK
 
-    workflow = one_task(slow, config=config).register(S.WORK, pytest.fail).with_timeout(0.001)
+    workflow = one_task(slow, config=config).register(S.WORK, pytest.fail).with_timeout(0.05)
 
     with pytest.raises(WorkflowTimeoutError):
         await workflow.orchestrate(S.START)

@@ -738,6 +738,222 @@ async def test_current_task_after_failures() -> None:
     assert asyncio.current_task() is host
 
 
+# Branches as tasks of asyncio
+
+
+class Recorded:
+    """A branch that keeps its task, and waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    async def run(self) -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.append(task)
+        await self.go.wait()
+        return "value"
+
+    @property
+    def task(self) -> asyncio.Task[Any]:
+        return self.tasks[0]
+
+
+async def observed(check: Callable[[asyncio.Task[Any]], Awaitable[object]]) -> asyncio.Task[Any]:
+    """Have a branch check the task of its sibling, which waits meanwhile; give that task, ended."""
+    recorded = Recorded()
+
+    async def checks() -> None:
+        try:
+            await asyncio.sleep(0)
+            await check(recorded.task)
+        finally:
+            recorded.go.set()
+
+    await join([recorded, checks])
+    return recorded.task
+
+
+async def test_branch_is_a_task() -> None:
+    """The task of a branch is an asyncio.Task that says what it does: name, loop, coroutine, stack, state."""
+
+    async def check(task: asyncio.Task[Any]) -> None:
+        assert isinstance(task, asyncio.Task)
+        assert asyncio.isfuture(task)
+        assert (task.done(), task.cancelled(), task.cancelling()) == (False, False, 0)
+        assert task.get_loop() is asyncio.get_running_loop()
+        assert "run" in getattr(task.get_coro(), "__qualname__", "run")
+        assert isinstance(task.get_name(), str)
+        task.set_name("renamed")
+        assert task.get_name() == "renamed"
+        assert "renamed" in repr(task)
+        assert all(isinstance(frame, types.FrameType) for frame in task.get_stack())
+        with pytest.raises(asyncio.InvalidStateError):
+            task.result()
+        with pytest.raises(asyncio.InvalidStateError):
+            task.exception()
+
+    task = await observed(check)
+
+    assert (task.done(), task.cancelled(), task.exception(), task.result()) == (True, False, None, "value")
+    assert task.cancel() is False
+
+
+async def test_branch_can_be_referred_to() -> None:
+    """The task of a branch can be a key, a weak reference and a place for attributes, as libraries use them."""
+
+    async def check(task: asyncio.Task[Any]) -> None:
+        task.tag = "tagged"  # type: ignore[attr-defined]
+        assert {task: 1}[task] == 1
+        assert weakref.ref(task)() is task
+
+    task = await observed(check)
+
+    assert task.tag == "tagged"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        pytest.param(asyncio.shield, id="shield"),
+        pytest.param(asyncio.gather, id="gather"),
+        pytest.param(lambda task: asyncio.wait([task]), id="wait"),
+        pytest.param(lambda task: asyncio.wait_for(task, FOREVER), id="wait_for"),
+        pytest.param(lambda task: task, id="await"),
+    ],
+)
+async def test_branch_may_wait_for_its_sibling(wait: Callable[[asyncio.Task[Any]], Awaitable[object]]) -> None:
+    """A branch may await a sibling's task in every way that asyncio has."""
+    recorded = Recorded()
+
+    async def waits() -> None:
+        asyncio.get_running_loop().call_later(STEP, recorded.go.set)
+        await wait(recorded.task)
+
+    result = await join([recorded, waits])
+
+    assert shape(result) == ([0, 1], [], [])
+
+
+async def test_branch_that_waits_for_a_failing_sibling() -> None:
+    """A branch that awaits a sibling's task fails with what that one raised; the same object is in both errors."""
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def fails() -> None:
+        tasks.append(asyncio.current_task())  # type: ignore[arg-type]
+        await asyncio.sleep(STEP)
+        raise Oops("shared")
+
+    async def waits() -> None:
+        await tasks[0]
+
+    error = await join_error([fails, waits])
+
+    first, second = error.exceptions
+    assert first is second
+
+
+async def test_cancel_counters_of_a_branch() -> None:
+    """The task of a branch counts cancel and uncancel, and hands the message of a cancel on."""
+    seen: list[object] = []
+
+    async def run() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        seen.append([task.cancel("first"), task.cancel("second"), task.cancelling()])
+        try:
+            await asyncio.sleep(FOREVER)
+        except asyncio.CancelledError as error:
+            seen.append(error.args)
+        seen.append([task.uncancel(), task.uncancel(), task.uncancel(), task.cancelling()])
+        await asyncio.sleep(STEP)
+        return "went on"
+
+    result = await join([run])
+
+    assert seen == [[True, True, 2], ("second",), [1, 0, 0, 0]]
+    assert result.values() == ["went on"]
+
+
+async def test_done_callbacks_of_a_branch() -> None:
+    """Done-callbacks of a branch's task are called with it, each in its context; a removed one is not."""
+    called: list[object] = []
+    context = contextvars.copy_context()
+    context.run(variable.set, "of the callback")
+
+    def callback(task: asyncio.Task[Any]) -> None:
+        called.append((task.result(), variable.get(), asyncio.current_task()))
+
+    def removed(_: object) -> None:
+        called.append("removed")
+
+    async def check(task: asyncio.Task[Any]) -> None:
+        task.add_done_callback(callback, context=context)
+        task.add_done_callback(removed)
+        task.add_done_callback(removed)
+        assert task.remove_done_callback(removed) == 2
+
+    task = await observed(check)
+    task.add_done_callback(callback, context=context)
+    await asyncio.sleep(0)
+
+    assert called == [("value", "of the callback", None)] * 2
+
+
+async def test_done_callback_of_a_branch_that_raises(asyncio_reports: list[str]) -> None:
+    """A done-callback that raises is reported by asyncio and disturbs neither branch nor join."""
+
+    def callback(_: object) -> None:
+        raise Oops("from a callback")
+
+    async def check(task: asyncio.Task[Any]) -> None:
+        task.add_done_callback(callback)
+
+    task = await observed(check)
+    reported = "\n".join(asyncio_reports)
+    asyncio_reports.clear()
+
+    assert task.result() == "value"
+    assert "from a callback" in reported
+
+
+async def test_loser_is_a_cancelled_task() -> None:
+    """The task of a cancelled branch is a cancelled task."""
+    recorded = Recorded()
+
+    await join([recorded, branch(1, "s1")], ANY)
+
+    assert recorded.task.cancelled()
+    with pytest.raises(asyncio.CancelledError):
+        recorded.task.result()
+    with pytest.raises(asyncio.CancelledError):
+        recorded.task.exception()
+
+
+async def test_branch_ended_from_outside() -> None:
+    """Whoever has the task of a branch may cancel it, from a callback or another task."""
+    recorded = Recorded()
+    asyncio.get_running_loop().call_later(STEP, lambda: recorded.task.cancel("from a callback"))
+
+    error = await join_error([recorded])
+
+    assert shape(error.result) == ([], [], [0])
+
+
+async def test_tasks_made_by_branches() -> None:
+    """A task that a branch makes and leaves running is its own affair: it outlives branch and join."""
+    made: list[asyncio.Task[str]] = []
+
+    async def run() -> None:
+        made.append(asyncio.create_task(asyncio.sleep(3 * STEP, "later")))
+
+    await join([run, run])
+
+    assert [task.done() for task in made] == [False, False]
+    assert await asyncio.gather(*made) == ["later", "later"]
+
+
 # Kinds of branches
 
 
@@ -1992,9 +2208,17 @@ async def test_cancelling_counter() -> None:
 
 
 async def test_closed_run() -> None:
-    """Closing the coroutine of a run cancels its branches, which end on their own."""
+    """Closing the coroutine of a run ends its branches, and their late ends disturb nobody."""
     log: Log = []
-    coroutine = split_into(plan("n n", log)).orchestrate(S.SPLIT)
+
+    async def run() -> None:
+        log.append("begun")
+        try:
+            await asyncio.sleep(FOREVER)
+        finally:
+            log.append("ended")
+
+    coroutine = split_into([run, run]).orchestrate(S.SPLIT)
     coroutine.send(None)
     await asyncio.sleep(0)
 
@@ -2002,7 +2226,21 @@ async def test_closed_run() -> None:
     for _ in range(3):
         await asyncio.sleep(0)
 
-    assert log == ["+0", "+1", "-0", "-1", ".0", ".1"]
+    assert log == ["begun"] * 2 + ["ended"] * 2
+
+
+def test_loop_that_ends_with_a_live_run() -> None:
+    """A loop that is shut down while a run waits for its branches cancels and awaits them like any task."""
+    log: Log = []
+
+    async def main() -> None:
+        split_into(plan("n n", log)).start(S.SPLIT)
+        await asyncio.sleep(STEP)
+
+    cano.testing.run(main())
+
+    assert log[:2] == ["+0", "+1"]
+    assert {"-0", "-1"} <= set(log)
 
 
 # BaseException

@@ -4,7 +4,7 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
-from ._config import Seconds, TaskConfig
+from ._config import Seconds, TaskConfig, configure
 from ._core import BranchOutcome, JoinStrategy, MemoryStore, RetryMode, RunContext, SplitResult, __version__
 from ._errors import (
     AttemptTimeoutError,
@@ -77,6 +77,7 @@ __all__ = [
     "WorkflowError",
     "WorkflowTimeoutError",
     "__version__",
+    "configure",
     "in_thread",
 ]
 
@@ -85,7 +86,7 @@ def _claim_public_home() -> None:
     """Tracebacks, pickles and documentation name `cano`, not the private module."""
     for name in __all__:
         public = globals()[name]
-        if getattr(public, "__module__", "").startswith("cano._"):
+        if str(getattr(public, "__module__", "")).startswith("cano._"):
             public.__module__ = "cano"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from . import _core
 from ._core import RetryMode
@@ -32,6 +32,25 @@ _NEVER_RETRIED: tuple[type[Exception], ...] = (
     UnknownStateError,
     ResourceError,
 )
+
+
+def configure(*, branches: Literal["native", "asyncio"]) -> None:
+    """Choose how splits run their branches from now on, in the whole process.
+
+    Args:
+        branches: "native", the default, starts each branch inside its parent's step, as a task of cano's own that needs no
+            turn of the loop to begin or to report its end. "asyncio" makes an `asyncio.Task` of each branch (compatibility
+            mode). A loop in debug mode or with a task factory always gets asyncio's tasks.
+
+    Raises:
+        ConfigurationError: `branches` is neither.
+
+    Example:
+        >>> configure(branches="native")
+    """
+    if branches not in ("native", "asyncio"):
+        raise ConfigurationError(f"branches must be 'native' or 'asyncio', got {show(branches)}")
+    _core.configure_branches(branches == "native")
 
 
 class _Prepared:

@@ -22,6 +22,7 @@ __all__ = [
     "Table",
     "TaskSpec",
     "__version__",
+    "configure_branches",
     "seconds",
 ]
 __version__: Final[str]
@@ -29,6 +30,7 @@ __version__: Final[str]
 _T = TypeVar("_T")
 _D = TypeVar("_D")
 
+def configure_branches(native: bool, /) -> None: ...
 @overload
 def seconds(name: str, value: Seconds, /) -> float: ...
 @overload

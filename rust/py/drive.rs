@@ -137,6 +137,7 @@ impl Drive {
         let env = this.env.get();
         let table = env.table.get();
         let counted = if table.counts_visits { table.states.len() } else { 0 };
+        let budget = this.budget();
         let until = match self.program {
             Program::Machine { until } => until,
             Program::Branch(_) => None,
@@ -153,7 +154,7 @@ impl Drive {
             if self.unsuspended == TURN {
                 return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
             }
-            let Some(task) = entry.untimed_task().filter(|_| env.budget.is_none()) else {
+            let Some(task) = entry.untimed_task().filter(|_| budget.is_none()) else {
                 return self.call(run);
             };
             self.attempt = 1;
@@ -189,7 +190,7 @@ impl Drive {
             Kind::Task { task, .. } => self.begin(run, Work::Attempt, task.get()),
             Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
             Kind::Split { branches, join } => {
-                if let Some(error) = run.get().env.get().check_budget(py)? {
+                if let Some(error) = run.get().check_budget(py)? {
                     return Err(self.failed(run, None, error));
                 }
                 let starts = tasks(branches.bind(py))?;
@@ -204,7 +205,7 @@ impl Drive {
         let (py, env) = (run.py(), run.get().env.get());
         self.attempt += 1;
         self.fresh = true;
-        if let Some(error) = env.check_budget(py)? {
+        if let Some(error) = run.get().check_budget(py)? {
             self.attempt = 0;
             return Err(self.failed(run, None, error));
         }
@@ -322,7 +323,7 @@ impl Drive {
     fn raised<'py>(&mut self, run: &Bound<'py, Run>, work: Work, error: PyErr) -> PyResult<Flow<'py>> {
         let (py, env) = (run.py(), run.get().env.get());
         let limit = self.timer.settle(py, Some(&error))?;
-        let error = match (limit, env.budget) {
+        let error = match (limit, run.get().budget()) {
             (Some(Limit::Run), Some(budget)) => {
                 let told = env.timed_out(py, budget);
                 told.set_cause(py, Some(error));
@@ -609,7 +610,7 @@ impl Drive {
     fn interrupted(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
         let (py, env) = (run.py(), run.get().env.get());
         let limit = self.timer.settle(py, Some(&error))?;
-        match (limit, env.budget) {
+        match (limit, run.get().budget()) {
             (Some(_), Some(budget)) => {
                 let told = env.timed_out(py, budget);
                 told.set_cause(py, Some(error));
@@ -624,7 +625,7 @@ impl Drive {
         if mem::take(&mut self.fresh) {
             let (py, env) = (run.py(), run.get().env.get());
             let watched = self.is_repeatable(run);
-            self.timer.suspended(py, env, watched, || fire(run))?;
+            self.timer.suspended(py, env, run.get().budget(), watched, || fire(run))?;
         }
         Ok(())
     }
@@ -643,7 +644,7 @@ impl Drive {
 
     pub(super) fn timer_fired(&mut self, run: &Bound<'_, Run>) -> PyResult<Option<Py<PyAny>>> {
         let (py, env) = (run.py(), run.get().env.get());
-        self.timer.fired(py, env, || fire(run))
+        self.timer.fired(py, env, run.get().budget(), || fire(run))
     }
 
     /// The task of the present state, or of the branch.
@@ -702,7 +703,7 @@ impl Drive {
                 }
                 Ok(())
             }
-            Phase::Join(split) => split.get().close(py),
+            Phase::Join(split) => Split::close(split.bind(py)),
             Phase::Enter(_) | Phase::Call | Phase::Over => Ok(()),
         }
     }

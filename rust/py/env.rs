@@ -101,14 +101,6 @@ impl Env {
         }
     }
 
-    /// The error, if the budget is used up by now.
-    pub(super) fn check_budget(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
-        match self.budget {
-            Some(budget) if self.now(py)? >= budget.deadline => Ok(Some(self.timed_out(py, budget))),
-            _ => Ok(None),
-        }
-    }
-
     /// The resource that argument number `at` of a plan asks for, looked up and type-checked once per run.
     pub(super) fn resource<'py>(
         &self,

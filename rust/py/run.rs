@@ -24,7 +24,7 @@ use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, ffi, intern};
 
 use super::drive::{Advance, Drive};
-use super::env::{Env, Failure, Scope};
+use super::env::{Budget, Env, Failure, Scope};
 use super::errors::TaskExecutionError;
 use super::table::Table;
 
@@ -182,6 +182,20 @@ impl Run {
 
     fn put(&self, py: Python<'_>, drive: Box<Drive>) {
         self.drive.with(py, |cell| *cell = Some(drive));
+    }
+
+    /// The whole-run timeout, if this run has to look after it: a branch's parent does, and cancels it.
+    pub(super) fn budget(&self) -> Option<Budget> {
+        self.env.get().budget.filter(|_| self.scope.is_none())
+    }
+
+    /// The error, if the budget is used up by now.
+    pub(super) fn check_budget(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
+        let env = self.env.get();
+        match self.budget() {
+            Some(budget) if env.now(py)? >= budget.deadline => Ok(Some(env.timed_out(py, budget))),
+            _ => Ok(None),
+        }
     }
 
     /// The note for a failure in the present state, outside any attempt.

@@ -60,6 +60,8 @@ struct State {
     queued: Vec<Py<PyAny>>,
     /// Whether a handle on the loop will step them.
     turn_is_scheduled: bool,
+    /// Whether the parent is gone.
+    is_abandoned: bool,
     /// Whether branches are being started further up the stack.
     is_starting: bool,
     /// When a branch ended that was started by the loop which is still at it: then the next one starts.
@@ -155,6 +157,7 @@ impl Split {
                     timer: None,
                     queued: Vec::new(),
                     turn_is_scheduled: false,
+                    is_abandoned: false,
                     is_starting: false,
                     last_end: None,
                     interrupted: None,
@@ -346,12 +349,15 @@ impl Split {
         if error.is_instance_of::<PyException>(py) { Ok(error) } else { from_panic(py, error) }
     }
 
+    /// The branches that have started and not ended.
+    fn living(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
+        let task = |branch: &Branch| Some(branch.task.as_ref()?.clone_ref(py));
+        self.state.with(py, |state| state.branches.iter().filter_map(task).collect())
+    }
+
     /// Cancels every branch that is alive.
     fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
-        let tasks: Vec<Py<PyAny>> = self.state.with(py, |state| {
-            state.branches.iter().filter_map(|branch| Some(branch.task.as_ref()?.clone_ref(py))).collect()
-        });
-        for task in tasks {
+        for task in self.living(py) {
             let task = task.bind(py);
             let cancelled = match (&self.mode, message) {
                 (Mode::Native, message) => branch::cancel(task, message).map(drop),
@@ -470,7 +476,8 @@ impl Split {
     pub(super) fn after_callback(slf: &Bound<'_, Self>) {
         let (py, this) = (slf.py(), slf.get());
         let wanted = this.state.with(py, |state| {
-            let wanted = state.waiter.is_some() && !state.queued.is_empty() && !state.turn_is_scheduled;
+            let wanted =
+                (state.waiter.is_some() || state.is_abandoned) && !state.queued.is_empty() && !state.turn_is_scheduled;
             state.turn_is_scheduled |= wanted;
             wanted
         });
@@ -504,21 +511,21 @@ impl Split {
         }
     }
 
-    /// The parent is closed: nothing waits for the branches any more.
-    pub(super) fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let (timer, waiter, branches) =
-            self.state.with(py, |state| (state.timer.take(), state.waiter.take(), std::mem::take(&mut state.branches)));
+    /// The parent is closed: nothing waits for the branches any more, they are cancelled; on a closed loop, closed as well.
+    pub(super) fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let timer = this.state.with(py, |state| state.timer.take());
         disarm(py, timer);
-        drop(waiter);
+        if !this.event_loop(py).call_method0(intern!(py, "is_closed"))?.is_truthy()? {
+            this.interrupt(py, CancelledError::new_err(()))?;
+            this.state.with(py, |state| state.is_abandoned = true);
+            Self::after_callback(slf);
+            return Ok(());
+        }
         let mut closed = Ok(());
-        for branch in branches {
-            if let Some(task) = branch.task {
-                let task = task.bind(py);
-                let ended = match self.mode {
-                    Mode::Native => branch::close(task),
-                    Mode::Compatible { .. } => task.call_method0(intern!(py, "cancel")).map(drop),
-                };
-                closed = closed.and(ended);
+        if matches!(this.mode, Mode::Native) {
+            for task in this.living(py) {
+                closed = closed.and(branch::close(task.bind(py)));
             }
         }
         closed

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::asyncio::{Asyncio, disarm};
-use super::env::Env;
+use super::env::{Budget, Env};
 use super::errors::{CancelledError, WorkflowError};
 
 /// Which limit passed.
@@ -37,8 +37,8 @@ pub(super) struct Timer {
 
 impl Timer {
     /// The earliest deadline that holds now.
-    fn due(&self, env: &Env) -> Option<f64> {
-        let run = env.budget.filter(|_| !self.run_fired).map(|budget| budget.deadline);
+    fn due(&self, budget: Option<Budget>) -> Option<f64> {
+        let run = budget.filter(|_| !self.run_fired).map(|budget| budget.deadline);
         match (self.attempt_deadline, run) {
             (Some(attempt), Some(run)) => Some(attempt.min(run)),
             (attempt, run) => attempt.or(run),
@@ -52,10 +52,11 @@ impl Timer {
         &mut self,
         py: Python<'_>,
         env: &Env,
+        budget: Option<Budget>,
         watched: bool,
         fire: impl FnOnce() -> PyResult<Py<PyAny>>,
     ) -> PyResult<()> {
-        let due = self.due(env);
+        let due = self.due(budget);
         if due.is_none() && !watched {
             return Ok(());
         }
@@ -99,22 +100,23 @@ impl Timer {
         &mut self,
         py: Python<'_>,
         env: &Env,
+        budget: Option<Budget>,
         fire: impl FnOnce() -> PyResult<Py<PyAny>>,
     ) -> PyResult<Option<Py<PyAny>>> {
         self.handle = None;
-        let Some(due) = self.due(env) else {
+        let Some(due) = self.due(budget) else {
             return Ok(None);
         };
         let now = env.now(py)?;
         let is_over = now >= due;
-        if is_over && env.budget.is_some_and(|budget| now >= budget.deadline) {
+        if is_over && !self.run_fired && budget.is_some_and(|budget| now >= budget.deadline) {
             self.run_fired = true;
         } else if is_over {
             self.attempt_fired = true;
             self.attempt_deadline = None;
         }
         // An attempt that cleans up for long, or goes on, is still bound by the run's budget.
-        if let Some(due) = self.due(env).filter(|due| *due > now) {
+        if let Some(due) = self.due(budget).filter(|due| *due > now) {
             self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
             self.armed_for = due;
         }
