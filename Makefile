@@ -84,7 +84,7 @@ clean: ## Remove everything that the targets above made
 
 rust:
 	@command -v cargo >/dev/null 2>&1 || { \
-		echo "cano needs a Rust toolchain: cargo 1.85 or newer, found none on PATH" >&2; exit 1; }
+		echo "cano needs a Rust toolchain: cargo 1.88 or newer, found none on PATH" >&2; exit 1; }
 
 $(PY): | rust
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

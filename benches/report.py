@@ -33,7 +33,10 @@ SECTIONS = {
     "timeouts": "what an attempt timeout of 5 s adds to one attempt",
     "runs": "one run",
     "splits": "one branch of a split, joined by All",
-    "import_and_memory": "import, and memory of one of 10,000 runs",
+    "decisions": "one branch of a split that is decided or cancelled early, or whose branches raise",
+    "splits_uvloop": "one branch of a split, on uvloop",
+    "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
+    "import_and_memory": "import, and memory of one of 10,000 runs or branches",
 }
 """The headings, by the name of the file; in the order of the report."""
 
@@ -41,8 +44,8 @@ SECTIONS = {
 class Target(NamedTuple):
     """What a number must be.
 
-    "faster" is their time in ours, and at least the bound. All others are at most: "time" and "share" are our time in theirs,
-    as a factor and in percent; "own" is our time alone.
+    "faster" is their time in ours, and at least the bound. All others are at most: "time" and "share" are our time (or memory) in
+    theirs, as a factor and in percent; "own" is our time alone.
     """
 
     form: str
@@ -66,9 +69,19 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("loop, Enum, retry + timeout", "pure Python"): Target("faster", 6),
     ("added to a task that returns at once", "asyncio.timeout"): Target("share", 0.05),
     ("added to a task that suspends once", "asyncio.timeout"): Target("share", 0.15),
-    ("1,000 branches that return at once", "asyncio.gather"): Target("faster", 1.15),
-    ("1,000 branches that sleep(0)", "asyncio.gather"): Target("faster", 1.15),
-    ("1,000 branches that await a future", "asyncio.gather"): Target("faster", 1.15),
+    ("3 branches that return at once", "asyncio.gather"): Target("faster", 6),
+    ("3 branches that await a future", "asyncio.gather"): Target("faster", 1.8),
+    ("1,000 branches that return at once", "asyncio.gather"): Target("faster", 10),
+    ("1,000 branches that sleep(0)", "asyncio.gather"): Target("faster", 6),
+    ("1,000 branches that await a future", "asyncio.gather"): Target("faster", 2.7),
+    ("1,000 branches that await a timer", "asyncio.gather"): Target("faster", 1.5),
+    ("10,000 that sleep(0), bulkhead 100", "semaphore + gather"): Target("faster", 6),
+    ("first of 1,000 decides, 999 sleep", "wait + cancel + gather"): Target("faster", 1.8),
+    ("1,000 branches that raise", "gather(return_exceptions)"): Target("faster", 6),
+    ("1,000 branches that return at once, as tasks", "asyncio.gather"): Target("faster", 1.15),
+    ("1,000 branches that sleep(0), as tasks", "asyncio.gather"): Target("faster", 1.15),
+    ("1,000 branches that await a future, as tasks", "asyncio.gather"): Target("faster", 1.15),
+    ("branch that waits, memory allocated", "asyncio.gather"): Target("time", 1),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),

@@ -1,6 +1,6 @@
-"""What cano costs before it does anything: the time of its import, and the memory of a run that waits.
+"""What cano costs before it does anything: the time of its import, and the memory of a run or a branch that waits.
 
-Both are measured in new interpreters, which take turns like all other contenders.
+All are measured in new interpreters, which take turns like all other contenders.
 """
 
 import os
@@ -74,6 +74,53 @@ if {used} is allocated:
 asyncio.run(main({used}, 10_000))
 """
 
+BRANCHES = """
+import asyncio, gc, os, tracemalloc
+import cano
+from benches import pure_python
+from benches.branches import gather, resolve, split, task_group
+
+def resident():
+    with open("/proc/self/statm") as memory:
+        return int(memory.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+def allocated():
+    return tracemalloc.get_traced_memory()[0]
+
+async def main(used, count):
+    async def branch():
+        return await next(left)
+
+    async def turn():
+        for _ in range(3):
+            await asyncio.sleep(0)
+        gc.collect()
+
+    def waiting_futures():
+        return [asyncio.get_running_loop().create_future() for _ in range(count)]
+
+    branches = [branch] * count
+    contender = {contender}
+    made = waiting_futures()
+    left = iter(made)
+    some = asyncio.create_task(contender())
+    await turn()
+    more = waiting_futures()
+    left = iter(more)
+    before = used()
+    other = asyncio.create_task(contender())
+    await turn()
+    print((used() - before) / count)
+    tracemalloc.stop()
+    resolve(made)
+    resolve(more)
+    assert await some == await other == [1] * count
+
+if {used} is allocated:
+    tracemalloc.start()
+asyncio.run(main({used}, 10_000))
+"""
+
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
@@ -114,3 +161,16 @@ def test_run_in_flight(versus, child, used):
         "pure Python": child(WAITING, begin="pure_python_run", used=used),
     }
     versus.sampled(f"run that waits, memory {used}", contenders, unit="B", rounds=2)
+
+
+@pytest.mark.parametrize("used", ["allocated", "resident"])
+def test_branch_in_flight(versus, child, used):
+    if used == "resident" and not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    contenders = {
+        "cano": child(BRANCHES, contender="split(cano, branches)", used=used),
+        "asyncio.gather": child(BRANCHES, contender="gather(branches)", used=used),
+        "asyncio.TaskGroup": child(BRANCHES, contender="task_group(branches)", used=used),
+        "pure Python": child(BRANCHES, contender="split(pure_python, branches)", used=used),
+    }
+    versus.sampled(f"branch that waits, memory {used}", contenders, unit="B", rounds=2)

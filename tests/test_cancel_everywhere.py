@@ -9,9 +9,11 @@ the clean-up. After each run the same invariants hold, whatever the shape: see `
 import asyncio
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import anyio
@@ -500,6 +502,45 @@ def stubborn_branch(ledger: Ledger) -> Workflow[str]:
 
 NAMES = tuple(SHAPES)
 
+
+def random_shape(seed: int, ledger: Ledger) -> Workflow[str]:
+    """States in a row, some of which split, with limits, retries and resources by the dice; twice nested at most."""
+    dice = random.Random(seed)
+
+    def leaf(name: str, result: str) -> Task[Any]:
+        config = TaskConfig(attempt_timeout=dice.choice((None, None, 0.5, 1, 1.5)))
+        if dice.random() < 0.4:
+            config = config.with_fixed_retry(dice.randint(1, 2), dice.choice((0, 0.5, 1)))
+        results = [Boom() if dice.random() < 0.25 else result for _ in range(dice.randint(1, 3))]
+        return does(ledger, name, *results, seconds=dice.choice((0, 0.5, 1, 2)), config=config)
+
+    def nested(prefix: str) -> Callable[[], Any]:
+        inner = row(f"{prefix}.", {})
+        return lambda: inner.orchestrate("s0")
+
+    def row(prefix: str, parts: dict[str, Part]) -> Workflow[str]:
+        workflow = Workflow[str](parts).add_exit_state("done").with_timeout(dice.choice((None, None, 0.5, 1, 2, 4)))
+        length = dice.randint(1, 3)
+        for index in range(length):
+            state, after = f"s{index}", f"s{index + 1}" if index + 1 < length else "done"
+            name = f"{prefix}{index}"
+            if dice.random() < 0.5 or prefix.count(".") > 1:
+                workflow.register(state, leaf(name, after))
+                continue
+            width = dice.randint(1, 4)
+            tasks = [
+                nested(f"{name}.{number}") if dice.random() < 0.3 else leaf(f"{name}.{number}", "x")
+                for number in range(width)
+            ]
+            strategy = dice.choice((JoinStrategy.All, JoinStrategy.Any, JoinStrategy.Quorum(width // 2 + 1)))
+            limits = {"timeout": dice.choice((None, 0.5, 1.5, 3)), "bulkhead": dice.choice((None, None, 1, 2))}
+            join = JoinConfig(strategy, after, fail_fast=dice.random() < 0.3, **limits)
+            workflow.register_split(state, tasks, join)
+        return workflow
+
+    return row("", {name: Part(ledger, name, fails=dice.random() < 0.1) for name in "pq"[: dice.randint(0, 2)]})
+
+
 CANCELS_BY_ITSELF = {
     "attempt_timeout",
     "run_timeout",
@@ -528,9 +569,11 @@ class Trial:
 
     task_factory: Any = None
 
-    def __init__(self, name: str, *steps: int) -> None:
-        make, self.initial, self.usual = SHAPES[name]
-        self.name = name
+    def __init__(self, name: str | int, *steps: int) -> None:
+        make, self.initial, self.usual = (
+            SHAPES[name] if isinstance(name, str) else (partial(random_shape, name), "s0", ...)
+        )
+        self.cancels_by_itself = isinstance(name, int) or name in CANCELS_BY_ITSELF
         self.loop = SteppedLoop()
         self.ledger = Ledger(self.loop.time)
         self.workflow = make(self.ledger)
@@ -596,7 +639,7 @@ class Trial:
     @property
     def allowed(self) -> list[tuple[Any, ...]]:
         """The arguments of the cancellations that the user's code may have seen."""
-        own: list[tuple[Any, ...]] = [()] if self.name in CANCELS_BY_ITSELF else []
+        own: list[tuple[Any, ...]] = [()] if self.cancels_by_itself else []
         return [*own, (MESSAGE,)]
 
 
@@ -818,6 +861,21 @@ async def test_cancel_after_every_tick_of_any_loop_leaves_nothing(name: str) -> 
         ledger.check()
         assert host.cancelled() == delivered
         assert delivered or host.exception() is None or type(host.exception()) is SHAPES[name][2]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_shape_survives_random_cancels(seed: int) -> None:
+    """No combination of states, splits, limits, retries and resources breaks a promise; the seed replays it."""
+    # reliability C4
+    dice = random.Random(seed)
+    usual = ByTask(seed)
+
+    for _ in range(8):
+        how = dice.choice((ByTask, ByHandle, ByAwaiter, ByScope, ByTaskOfAFactory))
+        trial = how(seed, *(dice.randrange(usual.steps + 1) for _ in range(dice.randint(1, 3))))
+        trial.usual = usual.outcome
+
+        trial.check()
 
 
 def test_sweeps_are_as_wide_as_promised() -> None:

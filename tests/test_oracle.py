@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, assume, event, given, settings, strategies a
 import cano
 from benches import pure_python
 from benches.pure_python.split import Split as OracleSplit
-from cano._core import configure_branches
 from cano.testing import VirtualClockLoop
 
 EXAMPLES = int(os.environ.get("CANO_ORACLE_EXAMPLES", "200"))
@@ -137,14 +136,12 @@ class Drawer:
     def optional_seconds(self, most: int = 100) -> float | None:
         return self.seconds(most) if self.rarely() else None
 
-    def attempt(self, config: dict[str, Any] | None, *, waits: bool) -> Attempt:
+    def attempt(self, *, waits: bool) -> Attempt:
         bad = self.choice("oops", "oops", "other", "mistake", "after", "never", "cancel")
         ends = self.choice("ok", "ok", bad)
         if not waits and self.rarely():
             return Attempt("ok" if ends == "cancel" else ends, retry_after=self.seconds())
         when_cancelled = self.choice("leave", "leave", "clean", "swallow", "convert")
-        if config is not None and (when_cancelled == "convert" or (when_cancelled == "swallow" and ends != "ok")):
-            when_cancelled = "leave"  # split-11: the oracle repeats an attempt that fails after it was cancelled
         cleanup = self.seconds(30) if when_cancelled in ("clean", "swallow") else 0.0
         return Attempt(ends, self.seconds(), when_cancelled, cleanup, self.seconds() if ends == "after" else 0.0)
 
@@ -168,11 +165,10 @@ class Drawer:
         attempts = st.integers(1, 3)
         visits = 1 if is_branch or not self.rarely() else 2
         leads = "on" if is_branch or not self.rarely() else self.choice("unknown", "nonsense", "exit")
-        config = self.config()
         return Step(
             self.name("task"),
-            [[self.attempt(config, waits=waits) for _ in range(self.draw(attempts))] for _ in range(visits)],
-            config,
+            [[self.attempt(waits=waits) for _ in range(self.draw(attempts))] for _ in range(visits)],
+            self.config(),
             leads,
         )
 
@@ -206,8 +202,10 @@ class Drawer:
         for kind in self.draw(st.lists(st.sampled_from(kinds), min_size=1 - len(steps), max_size=3 - depth)):
             if kind == "task":
                 steps.append(self.step())
+            elif kind == "split":
+                steps.append(self.split())
             else:
-                steps.append(self.split() if kind == "split" else self.fork(depth))
+                steps.append(self.fork(depth))
         return Chain(steps, bool(depth) and self.rarely())
 
 
@@ -219,6 +217,71 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 # Running it
+
+
+class Script:
+    """A step as a task object; what it returns in its last visit is `following`."""
+
+    def __init__(self, machine: "Machine", step: Step, following: Any) -> None:
+        self.machine = machine
+        self.step = step
+        self.following = following
+        self.name = step.name
+        self.config = machine.config(step.config)
+        self.done = 0
+        self.attempts = 0
+        waits = any(attempt.sleep is not None for visit in step.visits for attempt in visit)
+        self.run = self.wait if waits else self.call
+
+    def begin(self) -> Attempt:
+        visit = self.step.visits[self.done]
+        attempt = visit[self.attempts] if self.attempts < len(visit) else Attempt(sleep=visit[-1].sleep)
+        self.attempts += 1
+        self.machine.note(self.name, f"starts attempt {self.attempts} of visit {self.done + 1}")
+        return attempt
+
+    def end(self, attempt: Attempt) -> Any:
+        self.machine.note(self.name, attempt.ends)
+        if attempt.ends != "ok":
+            raise {
+                "oops": Oops(self.name),
+                "other": Other(self.name),
+                "mistake": TypeError(self.name),
+                "after": self.machine.engine.RetryAfter(attempt.retry_after),
+                "never": self.machine.engine.NonRetryable(self.name),
+                "cancel": asyncio.CancelledError(),
+            }[attempt.ends]
+        self.done += 1
+        self.attempts = 0
+        return self.name if self.done < len(self.step.visits) else self.following
+
+    def call(self) -> Any:
+        return self.end(self.begin())
+
+    async def wait(self) -> Any:
+        attempt = self.begin()
+        if attempt.sleep is not None:
+            try:
+                await asyncio.sleep(attempt.sleep)
+            except asyncio.CancelledError as error:
+                self.machine.note(self.name, f"cancelled {error.args}")
+                await self.cancelled(attempt)
+        return self.end(attempt)
+
+    async def cancelled(self, attempt: Attempt) -> None:
+        """Leave, clean up and leave, clean up and go on, or fail."""
+        if attempt.when_cancelled == "convert":
+            raise Oops(self.name)
+        if attempt.when_cancelled == "leave":
+            raise  # noqa: PLE0704 - called where the cancellation is caught
+        try:
+            await asyncio.sleep(attempt.cleanup)
+        except asyncio.CancelledError:
+            self.machine.note(self.name, "cancelled again")
+            raise
+        self.machine.note(self.name, "cleaned up")
+        if attempt.when_cancelled == "clean":
+            raise asyncio.CancelledError
 
 
 class Machine:
@@ -262,65 +325,6 @@ class Machine:
             strategy, following, timeout=given.timeout, bulkhead=given.bulkhead, fail_fast=given.fail_fast
         )
 
-    def task(self, step: Step, following: Any) -> Any:
-        """The step as a task object; what it returns in its last visit is `following`."""
-        machine, engine = self, self.engine
-        done = 0
-        attempts = 0
-
-        def begin() -> Attempt:
-            nonlocal attempts
-            visit = step.visits[min(done, len(step.visits) - 1)]
-            attempt = visit[attempts] if attempts < len(visit) else Attempt(sleep=visit[-1].sleep)
-            attempts += 1
-            machine.note(step.name, f"starts attempt {attempts} of visit {done + 1}")
-            return attempt
-
-        def end(attempt: Attempt) -> Any:
-            nonlocal attempts, done
-            machine.note(step.name, attempt.ends)
-            if attempt.ends == "oops":
-                raise Oops(step.name)
-            if attempt.ends == "other":
-                raise Other(step.name)
-            if attempt.ends == "mistake":
-                raise TypeError(step.name)
-            if attempt.ends == "after":
-                raise engine.RetryAfter(attempt.retry_after)
-            if attempt.ends == "never":
-                raise engine.NonRetryable(step.name)
-            if attempt.ends == "cancel":
-                raise asyncio.CancelledError
-            done += 1
-            attempts = 0
-            return step.name if done < len(step.visits) else following
-
-        async def run() -> Any:
-            attempt = begin()
-            if attempt.sleep is None:
-                return end(attempt)
-            try:
-                await asyncio.sleep(attempt.sleep)
-            except asyncio.CancelledError as error:
-                machine.note(step.name, f"cancelled {error.args}")
-                if attempt.when_cancelled == "convert":
-                    raise Oops(step.name) from None
-                if attempt.when_cancelled != "leave":
-                    try:
-                        await asyncio.sleep(attempt.cleanup)
-                    except asyncio.CancelledError:
-                        machine.note(step.name, "cancelled again")
-                        raise
-                    machine.note(step.name, "cleaned up")
-                if attempt.when_cancelled != "swallow":
-                    raise
-            return end(attempt)
-
-        task = type("Task", (), {"name": step.name, "config": self.config(step.config)})()
-        waits = any(attempt.sleep is not None for visit in step.visits for attempt in visit)
-        task.run = run if waits else lambda: end(begin())
-        return task
-
     def joined(self, name: str, following: str) -> Any:
         """The task of a joined state."""
 
@@ -340,7 +344,7 @@ class Machine:
     def registered(self, step: Step | SplitStep | ForkStep, following: str) -> str:
         if isinstance(step, Step):
             leads = {"on": following, "unknown": "nowhere", "nonsense": 42, "exit": "stop"}[step.leads]
-            self.workflow.register(step.name, self.task(step, leads))
+            self.workflow.register(step.name, Script(self, step, leads))
             return step.name
         if isinstance(step, SplitStep):
             joined = f"{step.name} joined"
@@ -350,12 +354,12 @@ class Machine:
         joined = f"{step.step.name} joined"
         self.workflow.register(joined, self.joined(joined, following))
         states = [self.chain(chain, "stop" if chain.ends_in_exit else joined) for chain in step.chains]
-        task = self.task(step.step, self.engine.TaskResult.Split(states))
+        task = Script(self, step.step, self.engine.TaskResult.Split(states))
         self.workflow.register(step.step.name, task, join=self.join(step.join, joined))
         return step.step.name
 
     def branches(self, step: SplitStep) -> Any:
-        tasks = [self.task(branch, f"value of {branch.name}") for branch in step.branches]
+        tasks = [Script(self, branch, f"value of {branch.name}") for branch in step.branches]
 
         async def after_a_sleep() -> list[Any]:
             await asyncio.sleep(step.sleep)
@@ -389,9 +393,7 @@ class Machine:
         facts: list[Any] = [type(error).__name__]
         if isinstance(error, Oops | Other | TypeError):
             facts.append(error.args)
-        for name in ("attempts", "limit", "delay"):
-            if hasattr(error, name):
-                facts.append((name, getattr(error, name)))
+        facts += [(name, getattr(error, name)) for name in ("attempts", "limit", "delay") if hasattr(error, name)]
         if hasattr(error, "elapsed"):
             facts.append(("elapsed", round(error.elapsed * MICROSECONDS)))
         if isinstance(error, ExceptionGroup):
@@ -448,12 +450,12 @@ def _booked_like_a_done_callback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OracleSplit, "is_deferred", True)
 
 
-@pytest.fixture(params=["native", "compatible"])
+@pytest.fixture(params=["native", "asyncio"])
 def _branches(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways in which cano runs branches: as tasks of its own, and as asyncio's."""
-    configure_branches(request.param == "native")
+    cano.configure(branches=request.param)
     yield
-    configure_branches(True)
+    cano.configure(branches="native")
 
 
 @pytest.mark.timeout(600)  # a failing program is shrunk for minutes

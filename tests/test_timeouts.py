@@ -683,22 +683,22 @@ async def test_timeout_of_zero() -> None:
 
 
 @pytest.mark.virtual
-@pytest.mark.parametrize("kind", ["task", "split", "factory", "fork"])
+@pytest.mark.parametrize("kind", ["task", "split", "factory", "fork", "branches of a fork"])
 async def test_used_up_budget_starts_nothing(kind: str) -> None:
-    """A state that is entered after the budget was used up, by a task that did not wait, runs nothing."""
+    """What would start after the budget was used up, by a task that did not wait, is not started."""
     calls: list[str] = []
     loop = asyncio.get_running_loop()
 
-    def slow() -> S:
+    def slow() -> Any:
         loop._set_time(now() + 10)  # type: ignore[attr-defined]
-        return S.NEXT
+        return TaskResult.Split([S.NEXT]) if kind == "branches of a fork" else S.NEXT
 
     def called() -> Any:
         calls.append(kind)
         return TaskResult.Split([S.END]) if kind == "fork" else [lambda: None]
 
     join = JoinConfig(JoinStrategy.All, S.END)
-    workflow = workflow_of(slow)
+    workflow = Workflow[S]().register(S.START, slow, join=join).add_exit_state(S.END)
     if kind in ("split", "factory"):
         workflow.register_split(S.NEXT, [called] if kind == "split" else called, join)
     else:
@@ -709,7 +709,97 @@ async def test_used_up_budget_starts_nothing(kind: str) -> None:
 
     # B30
     assert calls == []
-    assert (caught.value.elapsed, caught.value.path) == (10, (S.START, S.NEXT))
+    assert caught.value.elapsed == 10
+    assert cancelling() == 0
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("following", ["task", "split", "factory", "fork"])
+async def test_swallowed_run_timeout_in_a_branch(following: str) -> None:
+    """A branch that swallows the end of the budget gets no further than the state it is in."""
+    calls: list[None] = []
+
+    async def deaf() -> S:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(FOREVER)
+        return S.OTHER
+
+    async def called() -> Any:
+        calls.append(None)
+        await asyncio.sleep(FOREVER)
+
+    join = JoinConfig(JoinStrategy.All, S.END)
+    workflow = Workflow[S]().register(S.START, lambda: TaskResult.Split([S.NEXT]), join=join).add_exit_state(S.END)
+    workflow.register(S.NEXT, deaf)
+    if following in ("split", "factory"):
+        workflow.register_split(S.OTHER, [called] if following == "split" else called, join)
+    else:
+        workflow.register(S.OTHER, called, join=join if following == "fork" else None)
+
+    with pytest.raises(WorkflowTimeoutError):
+        await workflow.orchestrate(S.START, timeout=5)
+
+    # B30
+    assert (calls, now(), cancelling()) == ([], 5, 0)
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("strategy", [JoinStrategy.All, JoinStrategy.Any, JoinStrategy.PartialResults(1)], ids=repr)
+@pytest.mark.parametrize("kind", ["next state", "next attempt"])
+async def test_budget_used_up_by_a_branch(kind: str, strategy: JoinStrategy) -> None:
+    """A budget that a branch used up without waiting ends the run, before the branch's next state or attempt."""
+    calls: list[None] = []
+    loop = asyncio.get_running_loop()
+
+    class Blocks(Task[S]):
+        config = TaskConfig().with_fixed_retry(1, 0)
+
+        async def run(self, context: RunContext) -> S:
+            await asyncio.sleep(1)
+            if context.attempt > 1:
+                calls.append(None)
+            loop._set_time(now() + 10)  # type: ignore[attr-defined]
+            if kind == "next attempt":
+                raise Oops
+            return S.OTHER
+
+    workflow = Workflow[S]().add_exit_state(S.END).register(S.OTHER, lambda: calls.append(None))
+    workflow.register(S.NEXT, Blocks())
+    join = JoinConfig(strategy, S.END)
+    workflow.register(
+        S.START, lambda: TaskResult.Split([S.NEXT, S.END][: 1 + (strategy == JoinStrategy.All)]), join=join
+    )
+
+    with pytest.raises(WorkflowTimeoutError) as caught:
+        await workflow.orchestrate(S.START, timeout=5)
+
+    # B30
+    assert calls == []
+    assert (caught.value.elapsed, caught.value.limit, cancelling()) == (11, 5, 0)
+
+
+@pytest.mark.virtual
+async def test_run_timeout_turned_into_a_failure_in_a_branch() -> None:
+    """A branch that turns the end of the budget into a failure makes no other attempt."""
+    calls: list[None] = []
+
+    class Branch(Task[S]):
+        config = TaskConfig().with_fixed_retry(3, 0)
+
+        async def run(self) -> None:
+            calls.append(None)
+            try:
+                await asyncio.sleep(FOREVER)
+            finally:
+                raise Oops
+
+    workflow = Workflow[S]().add_exit_state(S.END)
+    workflow.register_split(S.START, [Branch()], JoinConfig(JoinStrategy.All, S.END))
+
+    with pytest.raises(WorkflowTimeoutError):
+        await workflow.orchestrate(S.START, timeout=5)
+
+    assert len(calls) == 1
 
 
 async def test_swallowed_run_timeout() -> None:

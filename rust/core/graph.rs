@@ -112,10 +112,10 @@ fn missing_targets(nodes: &[Node]) -> Vec<Problem> {
     let mut found = Vec::new();
     for node in nodes {
         for target in targets(node) {
-            if let Target::Missing(to) = target {
-                if seen.insert((&node.label, to)) {
-                    found.push(Problem::MissingTarget { from: node.label.clone(), to: to.clone() });
-                }
+            if let Target::Missing(to) = target
+                && seen.insert((&node.label, to))
+            {
+                found.push(Problem::MissingTarget { from: node.label.clone(), to: to.clone() });
             }
         }
     }

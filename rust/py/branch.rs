@@ -16,28 +16,26 @@
 //! - A future is waited for with exactly one callback; `waiting_for` is taken before the coroutine is resumed.
 //! - Every way in (callback, turn, start) ends in `settled`, so the split always hears of the end; what fails on our side
 //!   becomes the branch's error.
-#![allow(unsafe_code, reason = "a type that derives from asyncio.Task cannot be made with #[pyclass]")]
+#![allow(unsafe_code, reason = "the object is laid out by hand, see branch_type.rs")]
 
 use std::cell::RefCell;
-use std::ffi::{c_char, c_int, c_void};
 use std::mem;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr;
 use std::sync::{PoisonError, RwLock};
 
-use pyo3::exceptions::{PyImportError, PyRuntimeError, PyTypeError};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
+use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 
-use super::errors::{CancelledError, TaskExecutionError};
+use super::branch_type::woken;
+use super::errors::CancelledError;
 use super::run::{Input, Step, step};
 use super::split::Split;
 
 /// How a branch ended.
-enum Status {
+pub(super) enum Status {
     Pending,
     Returned(Py<PyAny>),
     Raised(Py<PyAny>),
@@ -45,42 +43,46 @@ enum Status {
 }
 
 /// What a branch owns.
-struct Data {
-    split: Option<Py<Split>>,
-    index: usize,
-    coroutine: Option<Py<PyAny>>,
-    context: Py<PyAny>,
+pub(super) struct Data {
+    pub(super) split: Option<Py<Split>>,
+    pub(super) index: usize,
+    pub(super) coroutine: Option<Py<PyAny>>,
+    pub(super) context: Py<PyAny>,
     /// The future that wakes it; None while it runs or is queued.
-    waiting_for: Option<Py<PyAny>>,
+    pub(super) waiting_for: Option<Py<PyAny>>,
     /// What the next step throws in: a future's or a protocol error.
-    pending_error: Option<PyErr>,
+    pub(super) pending_error: Option<PyErr>,
     /// A cancel that could not be passed on to a future.
-    must_cancel: bool,
-    message: Option<Py<PyAny>>,
-    cancelling: u32,
+    pub(super) must_cancel: bool,
+    pub(super) message: Option<Py<PyAny>>,
+    pub(super) cancelling: u32,
     /// Set by `__await__`, cleared by the task that awaits this branch.
-    blocking: bool,
-    status: Status,
-    callbacks: Vec<(Py<PyAny>, Py<PyAny>)>,
-    name: Option<Py<PyString>>,
+    pub(super) blocking: bool,
+    pub(super) status: Status,
+    pub(super) callbacks: Vec<(Py<PyAny>, Py<PyAny>)>,
+    pub(super) event_loop: Py<PyAny>,
+    /// The name of what the branch runs; with its index it names the branch.
+    pub(super) task_name: Py<PyString>,
+    /// What `set_name` chose instead.
+    pub(super) name: Option<Py<PyString>>,
 }
 
 /// The object behind the base: what the interpreter calls, then the data.
 #[repr(C)]
-struct Tail {
-    vectorcall: ffi::vectorcallfunc,
-    cell: RefCell<Data>,
+pub(super) struct Tail {
+    pub(super) vectorcall: ffi::vectorcallfunc,
+    pub(super) cell: RefCell<Data>,
 }
 
 /// The type and the functions of asyncio that a step needs; made once.
-struct Kit {
-    class: Py<PyType>,
-    base: *mut ffi::PyTypeObject,
+pub(super) struct Kit {
+    pub(super) class: Py<PyType>,
+    pub(super) base: *mut ffi::PyTypeObject,
     /// Where `Tail` stands in the object.
-    offset: usize,
-    enter: Py<PyAny>,
-    leave: Py<PyAny>,
-    context_keyword: Py<PyTuple>,
+    pub(super) offset: usize,
+    pub(super) enter: Py<PyAny>,
+    pub(super) leave: Py<PyAny>,
+    pub(super) context_keyword: Py<PyTuple>,
 }
 
 // SAFETY: `base` is `asyncio.Task`, which `class` keeps alive; it is only read.
@@ -88,9 +90,9 @@ unsafe impl Send for Kit {}
 // SAFETY: as above.
 unsafe impl Sync for Kit {}
 
-static KIT: PyOnceLock<Kit> = PyOnceLock::new();
+pub(super) static KIT: PyOnceLock<Kit> = PyOnceLock::new();
 
-fn kit(py: Python<'_>) -> PyResult<&Kit> {
+pub(super) fn kit(py: Python<'_>) -> PyResult<&Kit> {
     KIT.get_or_try_init(py, || Kit::make(py))
 }
 
@@ -127,14 +129,14 @@ pub(super) fn configure_branches(py: Python<'_>, native: bool) {
     *CHOSEN.write().unwrap_or_else(PoisonError::into_inner) = Some(chosen);
 }
 
-fn cell<'a>(kit: &Kit, branch: &'a Bound<'_, PyAny>) -> &'a RefCell<Data> {
+pub(super) fn cell<'a>(kit: &Kit, branch: &'a Bound<'_, PyAny>) -> &'a RefCell<Data> {
     debug_assert!(branch.get_type().is(kit.class.bind(branch.py())));
     // SAFETY: only objects of `class` get here: methods and slots of a type are called with its instances (it cannot be
     // derived from), and the rest of this crate passes what `new` made. `new` writes the tail before the object is seen.
     unsafe { &(*branch.as_ptr().byte_add(kit.offset).cast::<Tail>()).cell }
 }
 
-fn with<R>(branch: &Bound<'_, PyAny>, access: impl FnOnce(&mut Data) -> R) -> PyResult<R> {
+pub(super) fn with<R>(branch: &Bound<'_, PyAny>, access: impl FnOnce(&mut Data) -> R) -> PyResult<R> {
     let kit = kit(branch.py())?;
     Ok(access(&mut cell(kit, branch).borrow_mut()))
 }
@@ -143,6 +145,7 @@ fn with<R>(branch: &Bound<'_, PyAny>, access: impl FnOnce(&mut Data) -> R) -> Py
 pub(super) fn new<'py>(
     split: &Bound<'py, Split>,
     index: usize,
+    task_name: Py<PyString>,
     coroutine: Bound<'py, PyAny>,
     context: Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -161,6 +164,8 @@ pub(super) fn new<'py>(
         blocking: false,
         status: Status::Pending,
         callbacks: Vec::new(),
+        event_loop: split.get().event_loop(py).clone().unbind(),
+        task_name,
         name: None,
     };
     // SAFETY: `tp_alloc` of a GC type gives a zeroed, tracked object of `basicsize`, which reserves `Tail` at `offset`. No
@@ -258,7 +263,7 @@ fn next_input<'py>(kit: &Kit, branch: &Bound<'py, PyAny>) -> Option<(Py<PyAny>, 
     Some((coroutine, error.map_or_else(|| Input::nothing(py), Input::Throw)))
 }
 
-fn cancelled_error(message: Option<Py<PyAny>>) -> PyErr {
+pub(super) fn cancelled_error(message: Option<Py<PyAny>>) -> PyErr {
     match message {
         Some(message) => CancelledError::new_err((message,)),
         None => CancelledError::new_err(()),
@@ -349,7 +354,7 @@ fn pass_cancel_on(future: &Bound<'_, PyAny>, message: Option<&Py<PyAny>>) -> PyR
 }
 
 /// The coroutine ended: tells the split, and whoever waits for the branch itself.
-fn settled(branch: &Bound<'_, PyAny>, came: Step<'_>) -> PyResult<()> {
+pub(super) fn settled(branch: &Bound<'_, PyAny>, came: Step<'_>) -> PyResult<()> {
     let py = branch.py();
     let kit = kit(py)?;
     let (outcome, status, passes) = match came {
@@ -448,7 +453,7 @@ pub(super) fn close(branch: &Bound<'_, PyAny>) -> PyResult<()> {
 }
 
 /// The future that a branch waits for is done: the event loop calls the branch, inside its context.
-fn wake(branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) -> PyResult<()> {
+pub(super) fn wake(branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = branch.py();
     let kit = kit(py)?;
     let (waited, split) = {
@@ -468,640 +473,4 @@ fn wake(branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) -> PyResult<()> {
     let outcome = step_entered(branch, split.get().event_loop(py));
     Split::after_callback(split);
     outcome
-}
-
-// --- what the interpreter calls ---------------------------------------------------------------------------------------
-
-/// Runs `body` for the interpreter: attached, with panics and errors turned into Python exceptions.
-fn guarded<T>(failed: T, body: impl FnOnce(Python<'_>) -> PyResult<T>) -> T {
-    Python::attach(|py| {
-        let outcome = catch_unwind(AssertUnwindSafe(|| body(py))).unwrap_or_else(|_| {
-            Err(TaskExecutionError::new_err("panic: in a branch (a bug in cano, please report it)"))
-        });
-        match outcome {
-            Ok(value) => value,
-            Err(error) => {
-                error.restore(py);
-                failed
-            }
-        }
-    })
-}
-
-type Object = *mut ffi::PyObject;
-
-/// The object that the interpreter passes, borrowed for the call.
-///
-/// # Safety
-/// `object` is a valid reference for as long as the call lasts.
-unsafe fn borrowed<'py>(py: Python<'py>, object: Object) -> Bound<'py, PyAny> {
-    // SAFETY: as the caller promises.
-    unsafe { Bound::from_borrowed_ptr(py, object) }
-}
-
-unsafe extern "C" fn woken(branch: Object, arguments: *const Object, count: usize, _: Object) -> Object {
-    guarded(ptr::null_mut(), |py| {
-        // SAFETY: plain arithmetic.
-        if unsafe { ffi::PyVectorcall_NARGS(count) } != 1 {
-            return Err(PyTypeError::new_err("a branch is called with the future it waited for"));
-        }
-        // SAFETY: the interpreter passes valid references, and `count` says there is one argument.
-        let (branch, future) = unsafe { (borrowed(py, branch), borrowed(py, *arguments)) };
-        let outcome = catch_unwind(AssertUnwindSafe(|| wake(&branch, &future)));
-        match outcome {
-            Ok(outcome) => outcome?,
-            Err(_) => {
-                let panic = TaskExecutionError::new_err("panic: in a branch (a bug in cano, please report it)");
-                settled(&branch, Step::Raised(panic))?;
-            }
-        }
-        Ok(py.None().into_ptr())
-    })
-}
-
-/// A method: the branch, its positional arguments and its keywords.
-type Method = for<'py> fn(&Bound<'py, PyAny>, &Arguments<'py>) -> PyResult<Bound<'py, PyAny>>;
-
-struct Arguments<'py> {
-    positional: Vec<Bound<'py, PyAny>>,
-    named: Vec<(String, Bound<'py, PyAny>)>,
-}
-
-impl<'py> Arguments<'py> {
-    /// The argument at a position, or with this name.
-    fn pick(&self, at: usize, name: &str) -> Option<&Bound<'py, PyAny>> {
-        self.positional.get(at).or_else(|| self.named.iter().find(|(known, _)| known == name).map(|(_, value)| value))
-    }
-
-    fn required(&self, at: usize, name: &str) -> PyResult<&Bound<'py, PyAny>> {
-        self.pick(at, name).ok_or_else(|| PyTypeError::new_err(format!("missing required argument: '{name}'")))
-    }
-}
-
-/// One C function per method, since the interpreter passes it no name.
-macro_rules! methods {
-    ($($name:ident = $python:literal => $body:expr;)*) => {
-        $(
-            unsafe extern "C" fn $name(
-                branch: Object,
-                arguments: *const Object,
-                count: ffi::Py_ssize_t,
-                keywords: Object,
-            ) -> Object {
-                // SAFETY: the interpreter's calling convention of METH_FASTCALL | METH_KEYWORDS.
-                unsafe { call_method($body, branch, arguments, count, keywords) }
-            }
-        )*
-        fn methods() -> Vec<ffi::PyMethodDef> {
-            vec![
-                $(ffi::PyMethodDef {
-                    ml_name: $python.as_ptr(),
-                    ml_meth: ffi::PyMethodDefPointer { PyCFunctionFastWithKeywords: $name },
-                    ml_flags: ffi::METH_FASTCALL | ffi::METH_KEYWORDS,
-                    ml_doc: ptr::null(),
-                },)*
-                ffi::PyMethodDef::zeroed(),
-            ]
-        }
-    };
-}
-
-/// # Safety
-/// The arguments are those of a METH_FASTCALL | METH_KEYWORDS call.
-unsafe fn call_method(
-    method: Method,
-    branch: Object,
-    arguments: *const Object,
-    count: ffi::Py_ssize_t,
-    keywords: Object,
-) -> Object {
-    guarded(ptr::null_mut(), |py| {
-        // SAFETY: as the caller promises: `count` positional arguments, then one for each keyword.
-        let (branch, positional, named) = unsafe {
-            let at = |index: usize| borrowed(py, *arguments.add(index));
-            let count = usize::try_from(count).unwrap_or(0);
-            let positional = (0..count).map(at).collect();
-            let mut named = Vec::new();
-            if !keywords.is_null() {
-                for (index, name) in borrowed(py, keywords).cast_into::<PyTuple>()?.iter().enumerate() {
-                    named.push((name.extract::<String>()?, at(count + index)));
-                }
-            }
-            (borrowed(py, branch), positional, named)
-        };
-        Ok(method(&branch, &Arguments { positional, named })?.into_ptr())
-    })
-}
-
-fn none(py: Python<'_>) -> Bound<'_, PyAny> {
-    py.None().into_bound(py)
-}
-
-fn boolean(py: Python<'_>, value: bool) -> Bound<'_, PyAny> {
-    pyo3::types::PyBool::new(py, value).to_owned().into_any()
-}
-
-/// "asyncio.base_tasks" formats stacks for any task that has `_coro`.
-fn stack<'py>(branch: &Bound<'py, PyAny>, name: &str, arguments: &[&Bound<'py, PyAny>]) -> PyResult<Bound<'py, PyAny>> {
-    let py = branch.py();
-    let mut all = vec![branch.clone()];
-    all.extend(arguments.iter().map(|argument| (*argument).clone()));
-    py.import("asyncio.base_tasks")?.getattr(name)?.call1(PyTuple::new(py, all)?)
-}
-
-/// What `result()` gives: the value, or the exception that it raises.
-fn result<'py>(branch: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    let py = branch.py();
-    with(branch, |data| match &data.status {
-        Status::Pending => Err(invalid_state(py, "Result is not set.")),
-        Status::Returned(value) => Ok(value.clone_ref(py).into_bound(py)),
-        Status::Raised(error) => Err(PyErr::from_value(error.bind(py).clone())),
-        Status::Cancelled(Some(error)) => Err(PyErr::from_value(error.bind(py).clone())),
-        Status::Cancelled(None) => Err(CancelledError::new_err(())),
-    })?
-}
-
-fn invalid_state(py: Python<'_>, text: &str) -> PyErr {
-    match py.import("asyncio").and_then(|asyncio| asyncio.getattr("InvalidStateError")?.call1((text,))) {
-        Ok(error) => PyErr::from_value(error),
-        Err(error) => error,
-    }
-}
-
-methods! {
-    cancel_method = c"cancel" => |branch, arguments| {
-        cancel(branch, arguments.pick(0, "msg")).map(|asked| boolean(branch.py(), asked))
-    };
-    uncancel = c"uncancel" => |branch, _| {
-        let left = with(branch, |data| { data.cancelling = data.cancelling.saturating_sub(1); data.cancelling })?;
-        Ok(left.into_pyobject(branch.py())?.into_any())
-    };
-    cancelling = c"cancelling" => |branch, _| {
-        Ok(with(branch, |data| data.cancelling)?.into_pyobject(branch.py())?.into_any())
-    };
-    done = c"done" => |branch, _| {
-        Ok(boolean(branch.py(), with(branch, |data| !matches!(data.status, Status::Pending))?))
-    };
-    cancelled = c"cancelled" => |branch, _| {
-        Ok(boolean(branch.py(), with(branch, |data| matches!(data.status, Status::Cancelled(_)))?))
-    };
-    result_method = c"result" => |branch, _| result(branch);
-    exception = c"exception" => |branch, _| {
-        let py = branch.py();
-        let raised = with(branch, |data| match &data.status {
-            Status::Raised(error) => Some(error.clone_ref(py)),
-            _ => None,
-        })?;
-        match raised {
-            Some(error) => Ok(error.into_bound(py)),
-            None => result(branch).map(|_| none(py)).map_err(|error| {
-                if error.is_instance_of::<CancelledError>(py) { error } else { invalid_state(py, "Exception is not set.") }
-            }),
-        }
-    };
-    add_done_callback = c"add_done_callback" => |branch, arguments| {
-        let py = branch.py();
-        let callback = arguments.required(0, "fn")?.clone().unbind();
-        let context = match arguments.pick(1, "context") {
-            Some(context) if !context.is_none() => context.clone(),
-            _ => copy_context(py)?,
-        };
-        let kept = context.clone().unbind();
-        let (callback, split) = {
-            let kit = kit(py)?;
-            let mut data = cell(kit, branch).borrow_mut();
-            if matches!(data.status, Status::Pending) {
-                data.callbacks.push((callback, kept));
-                return Ok(none(py));
-            }
-            (callback, data.split.as_ref().map(|split| split.clone_ref(py)))
-        };
-        let options = PyDict::new(py);
-        options.set_item(intern!(py, "context"), context)?;
-        let event_loop = match split {
-            Some(split) => split.bind(py).get().event_loop(py).clone(),
-            None => py.import("asyncio")?.call_method0("get_running_loop")?,
-        };
-        event_loop.call_method(intern!(py, "call_soon"), (callback, branch), Some(&options))?;
-        Ok(none(py))
-    };
-    remove_done_callback = c"remove_done_callback" => |branch, arguments| {
-        let py = branch.py();
-        let wanted = arguments.required(0, "fn")?;
-        let callbacks = with(branch, |data| mem::take(&mut data.callbacks))?;
-        let before = callbacks.len();
-        let mut kept = Vec::new();
-        for (callback, context) in callbacks {
-            if !callback.bind(py).eq(wanted)? {
-                kept.push((callback, context));
-            }
-        }
-        let removed = before - kept.len();
-        with(branch, |data| { kept.append(&mut data.callbacks); data.callbacks = kept; })?;
-        Ok(removed.into_pyobject(py)?.into_any())
-    };
-    get_loop = c"get_loop" => |branch, _| loop_of(branch);
-    get_coro = c"get_coro" => |branch, _| coroutine_of(branch);
-    get_context = c"get_context" => |branch, _| {
-        let py = branch.py();
-        Ok(with(branch, |data| data.context.clone_ref(py))?.into_bound(py))
-    };
-    get_name = c"get_name" => |branch, _| Ok(name_of(branch)?.into_any());
-    set_name = c"set_name" => |branch, arguments| {
-        let name = arguments.required(0, "value")?.str()?.unbind();
-        let old = with(branch, |data| data.name.replace(name))?;
-        drop(old);
-        Ok(none(branch.py()))
-    };
-    get_stack = c"get_stack" => |branch, arguments| {
-        let limit = arguments.pick(0, "limit").cloned().unwrap_or_else(|| none(branch.py()));
-        stack(branch, "_task_get_stack", &[&limit])
-    };
-    print_stack = c"print_stack" => |branch, arguments| {
-        let absent = none(branch.py());
-        let limit = arguments.pick(0, "limit").unwrap_or(&absent);
-        stack(branch, "_task_print_stack", &[limit, arguments.pick(1, "file").unwrap_or(&absent)])
-    };
-    set_result = c"set_result" => |_, _| Err(PyRuntimeError::new_err("Task does not support set_result operation"));
-    set_exception = c"set_exception" => |_, _| Err(PyRuntimeError::new_err("Task does not support set_exception operation"));
-    make_cancelled_error = c"_make_cancelled_error" => |branch, _| {
-        let py = branch.py();
-        let message = with(branch, |data| data.message.as_ref().map(|message| message.clone_ref(py)))?;
-        Ok(cancelled_error(message).into_value(py).into_any().into_bound(py))
-    };
-}
-
-fn coroutine_of<'py>(branch: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    let py = branch.py();
-    let coroutine = with(branch, |data| data.coroutine.as_ref().map(|coroutine| coroutine.clone_ref(py)))?;
-    Ok(coroutine.map_or_else(|| none(py), |coroutine| coroutine.into_bound(py)))
-}
-
-fn loop_of<'py>(branch: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    let py = branch.py();
-    match with(branch, |data| data.split.as_ref().map(|split| split.clone_ref(py)))? {
-        Some(split) => Ok(split.bind(py).get().event_loop(py).clone()),
-        None => py.import("asyncio")?.call_method0("get_running_loop"),
-    }
-}
-
-fn name_of<'py>(branch: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
-    let py = branch.py();
-    let (name, split, index) = with(branch, |data| {
-        let name = data.name.as_ref().map(|name| name.clone_ref(py));
-        (name, data.split.as_ref().map(|split| split.clone_ref(py)), data.index)
-    })?;
-    match (name, split) {
-        (Some(name), _) => Ok(name.into_bound(py)),
-        (None, Some(split)) => Ok(PyString::new(py, &split.bind(py).get().name_of_branch(py, index)?)),
-        (None, None) => Ok(PyString::new(py, &format!("branch[{index}]"))),
-    }
-}
-
-/// A private attribute that libraries read.
-type Getter = for<'py> fn(&Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>>;
-type Setter = fn(&Bound<'_, PyAny>, &Bound<'_, PyAny>) -> PyResult<()>;
-
-struct Attribute {
-    name: &'static str,
-    get: Getter,
-    set: Option<Setter>,
-}
-
-fn state_name(branch: &Bound<'_, PyAny>) -> PyResult<&'static str> {
-    with(branch, |data| match data.status {
-        Status::Pending => "PENDING",
-        Status::Cancelled(_) => "CANCELLED",
-        Status::Returned(_) | Status::Raised(_) => "FINISHED",
-    })
-}
-
-static ATTRIBUTES: [Attribute; 14] = [
-    Attribute {
-        name: "_asyncio_future_blocking\0",
-        get: |branch| Ok(boolean(branch.py(), with(branch, |data| data.blocking)?)),
-        set: Some(|branch, value| {
-            let blocking = value.is_truthy()?;
-            with(branch, |data| data.blocking = blocking)
-        }),
-    },
-    Attribute {
-        name: "_must_cancel\0",
-        get: |branch| Ok(boolean(branch.py(), with(branch, |data| data.must_cancel)?)),
-        set: None,
-    },
-    Attribute {
-        name: "_fut_waiter\0",
-        get: |branch| {
-            let py = branch.py();
-            let future = with(branch, |data| data.waiting_for.as_ref().map(|future| future.clone_ref(py)))?;
-            Ok(future.map_or_else(|| none(py), |future| future.into_bound(py)))
-        },
-        set: None,
-    },
-    Attribute { name: "_loop\0", get: |branch| loop_of(branch), set: None },
-    Attribute { name: "_coro\0", get: |branch| coroutine_of(branch), set: None },
-    Attribute {
-        name: "_state\0",
-        get: |branch| Ok(PyString::intern(branch.py(), state_name(branch)?).into_any()),
-        set: None,
-    },
-    Attribute {
-        name: "_result\0",
-        get: |branch| {
-            let py = branch.py();
-            let value = with(branch, |data| match &data.status {
-                Status::Returned(value) => Some(value.clone_ref(py)),
-                _ => None,
-            })?;
-            Ok(value.map_or_else(|| none(py), |value| value.into_bound(py)))
-        },
-        set: None,
-    },
-    Attribute {
-        name: "_exception\0",
-        get: |branch| {
-            let py = branch.py();
-            let error = with(branch, |data| match &data.status {
-                Status::Raised(error) => Some(error.clone_ref(py)),
-                _ => None,
-            })?;
-            Ok(error.map_or_else(|| none(py), |error| error.into_bound(py)))
-        },
-        set: None,
-    },
-    Attribute {
-        name: "_callbacks\0",
-        get: |branch| {
-            let py = branch.py();
-            let pairs = with(branch, |data| {
-                data.callbacks
-                    .iter()
-                    .map(|(callback, context)| (callback.clone_ref(py), context.clone_ref(py)))
-                    .collect::<Vec<_>>()
-            })?;
-            Ok(PyList::new(py, pairs)?.into_any())
-        },
-        set: None,
-    },
-    Attribute {
-        name: "_cancel_message\0",
-        get: |branch| {
-            let py = branch.py();
-            let message = with(branch, |data| data.message.as_ref().map(|message| message.clone_ref(py)))?;
-            Ok(message.map_or_else(|| none(py), |message| message.into_bound(py)))
-        },
-        set: None,
-    },
-    Attribute { name: "_log_traceback\0", get: |branch| Ok(boolean(branch.py(), false)), set: Some(|_, _| Ok(())) },
-    Attribute {
-        name: "_log_destroy_pending\0",
-        get: |branch| Ok(boolean(branch.py(), false)),
-        set: Some(|_, _| Ok(())),
-    },
-    Attribute { name: "_source_traceback\0", get: |branch| Ok(none(branch.py())), set: None },
-    Attribute {
-        name: "_num_cancels_requested\0",
-        get: |branch| Ok(with(branch, |data| data.cancelling)?.into_pyobject(branch.py())?.into_any()),
-        set: None,
-    },
-];
-
-unsafe extern "C" fn get_attribute(branch: Object, closure: *mut c_void) -> Object {
-    guarded(ptr::null_mut(), |py| {
-        // SAFETY: the interpreter passes an instance and the closure of `Kit::make`, an entry of `ATTRIBUTES`.
-        let (branch, attribute) = unsafe { (borrowed(py, branch), &*closure.cast::<Attribute>()) };
-        Ok((attribute.get)(&branch)?.into_ptr())
-    })
-}
-
-unsafe extern "C" fn set_attribute(branch: Object, value: Object, closure: *mut c_void) -> c_int {
-    guarded(-1, |py| {
-        // SAFETY: as in `get_attribute`; `value` is null for a deletion.
-        let (branch, attribute) = unsafe { (borrowed(py, branch), &*closure.cast::<Attribute>()) };
-        match (attribute.set, value.is_null()) {
-            // SAFETY: a valid reference, checked above.
-            (Some(set), false) => set(&branch, &unsafe { borrowed(py, value) })?,
-            _ => return Err(pyo3::exceptions::PyAttributeError::new_err("attribute cannot be changed")),
-        }
-        Ok(0)
-    })
-}
-
-unsafe extern "C" fn repr(branch: Object) -> Object {
-    guarded(ptr::null_mut(), |py| {
-        // SAFETY: the interpreter passes an instance.
-        let branch = unsafe { borrowed(py, branch) };
-        let (name, coroutine) = (name_of(&branch)?, coroutine_of(&branch)?);
-        let state = state_name(&branch)?.to_lowercase();
-        let text = format!("<Branch {state} name='{}' coro={}>", name.to_cow()?, coroutine.repr()?.to_cow()?);
-        Ok(PyString::new(py, &text).into_any().into_ptr())
-    })
-}
-
-/// `await branch`: the steps of a future's iterator are written as a generator in Python, once.
-unsafe extern "C" fn await_(branch: Object) -> Object {
-    guarded(ptr::null_mut(), |py| {
-        static WAIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        // SAFETY: the interpreter passes an instance.
-        let branch = unsafe { borrowed(py, branch) };
-        let wait =
-            WAIT.get_or_try_init(py, || Ok::<_, PyErr>(py.import("cano._tasks")?.getattr("await_branch")?.unbind()))?;
-        Ok(wait.bind(py).call1((branch,))?.into_ptr())
-    })
-}
-
-unsafe extern "C" fn traverse(branch: Object, visit: ffi::visitproc, arg: *mut c_void) -> c_int {
-    let Some(kit) = Python::attach(|py| KIT.get(py).map(ptr::from_ref)) else { return 0 };
-    // SAFETY: `kit` lives as long as the process; the base's part of the object is the base's to visit; the tail was written
-    // by `new`, or is still zeroed if the collector runs inside the allocation, which `vectorcall` tells.
-    unsafe {
-        let kit = &*kit;
-        if ffi::PyType_HasFeature(kit.base, ffi::Py_TPFLAGS_HEAPTYPE) == 0 {
-            let seen = visit(ffi::Py_TYPE(branch).cast(), arg);
-            if seen != 0 {
-                return seen;
-            }
-        }
-        if let Some(base) = (*kit.base).tp_traverse {
-            let seen = base(branch, visit, arg);
-            if seen != 0 {
-                return seen;
-            }
-        }
-        let tail = branch.byte_add(kit.offset).cast::<Tail>();
-        if (*tail.cast::<usize>()) == 0 {
-            return 0;
-        }
-        let Ok(data) = (*tail).cell.try_borrow() else { return 0 };
-        let status = match &data.status {
-            Status::Pending | Status::Cancelled(None) => None,
-            Status::Returned(object) | Status::Raised(object) | Status::Cancelled(Some(object)) => {
-                Some(object.as_ptr())
-            }
-        };
-        let single = [
-            data.split.as_ref().map(|split| split.as_ptr()),
-            data.coroutine.as_ref().map(|object| object.as_ptr()),
-            Some(data.context.as_ptr()),
-            data.waiting_for.as_ref().map(|object| object.as_ptr()),
-            data.message.as_ref().map(|object| object.as_ptr()),
-            status,
-        ];
-        let callbacks = data.callbacks.iter().flat_map(|(callback, context)| [callback.as_ptr(), context.as_ptr()]);
-        for object in single.into_iter().flatten().chain(callbacks) {
-            let seen = visit(object, arg);
-            if seen != 0 {
-                return seen;
-            }
-        }
-        0
-    }
-}
-
-unsafe extern "C" fn clear(branch: Object) -> c_int {
-    guarded(-1, |py| {
-        let Some(kit) = KIT.get(py) else { return Ok(0) };
-        // SAFETY: the interpreter passes an instance whose tail `new` has written.
-        let taken = unsafe {
-            let tail = branch.byte_add(kit.offset).cast::<Tail>();
-            if *tail.cast::<usize>() == 0 {
-                return Ok(0);
-            }
-            (*tail).cell.try_borrow_mut().ok().map(|mut data| {
-                let status = mem::replace(&mut data.status, Status::Cancelled(None));
-                let callbacks = mem::take(&mut data.callbacks);
-                (
-                    data.split.take(),
-                    data.coroutine.take(),
-                    data.waiting_for.take(),
-                    data.message.take(),
-                    status,
-                    callbacks,
-                )
-            })
-        };
-        drop(taken);
-        Ok(0)
-    })
-}
-
-unsafe extern "C" fn dealloc(branch: Object) {
-    Python::attach(|py| {
-        let Some(kit) = KIT.get(py) else { return };
-        // SAFETY: the last reference is gone. The tail is dropped once, before the base frees the object; a base that is a
-        // static type (before 3.12) does not release its instances' heap type.
-        unsafe {
-            ffi::PyObject_GC_UnTrack(branch.cast());
-            let class = ffi::Py_TYPE(branch);
-            let tail = branch.byte_add(kit.offset).cast::<Tail>();
-            if *tail.cast::<usize>() != 0 {
-                ptr::drop_in_place(tail);
-            }
-            // The base's part is zeroed but for what anybody may add to an object: weak references and a `__dict__`.
-            let used =
-                |offset: ffi::Py_ssize_t| offset != 0 && !(*branch.byte_offset(offset).cast::<Object>()).is_null();
-            if !used((*class).tp_weaklistoffset) && !used((*class).tp_dictoffset) {
-                ffi::PyObject_GC_Del(branch.cast());
-                ffi::Py_DECREF(class.cast());
-                return;
-            }
-            let base_is_static = ffi::PyType_HasFeature(kit.base, ffi::Py_TPFLAGS_HEAPTYPE) == 0;
-            if let Some(base) = (*kit.base).tp_dealloc {
-                base(branch);
-            }
-            if base_is_static {
-                ffi::Py_DECREF(class.cast());
-            }
-        }
-    });
-}
-
-unsafe extern "C" {
-    // pyo3-ffi links to another name before 3.12, which 3.11 does not export.
-    fn PyVectorcall_Call(callable: Object, arguments: Object, keywords: Object) -> Object;
-}
-
-impl Kit {
-    fn make(py: Python<'_>) -> PyResult<Kit> {
-        let tasks = py.import("asyncio.tasks")?;
-        let base = tasks.getattr("Task")?.cast_into::<PyType>()?;
-        if base.getattr("__module__")?.extract::<String>()? != "_asyncio" {
-            return Err(PyImportError::new_err("asyncio.Task is not the one written in C"));
-        }
-        let base_type = base.as_type_ptr();
-        // SAFETY: a type object's size is a plain field.
-        let base_size = usize::try_from(unsafe { (*base_type).tp_basicsize }).unwrap_or(0);
-        let align = align_of::<Tail>();
-        let offset = base_size.div_ceil(align) * align;
-        let size = c_int::try_from(offset + size_of::<Tail>())
-            .map_err(|_| PyImportError::new_err("asyncio.Task is too large"))?;
-        let class = Self::class(py, &base, offset, size)?;
-        Ok(Kit {
-            class,
-            base: base_type,
-            offset,
-            enter: tasks.getattr("_enter_task")?.unbind(),
-            leave: tasks.getattr("_leave_task")?.unbind(),
-            context_keyword: PyTuple::new(py, ["context"])?.unbind(),
-        })
-    }
-
-    fn class(py: Python<'_>, base: &Bound<'_, PyType>, offset: usize, size: c_int) -> PyResult<Py<PyType>> {
-        // The interpreter keeps pointers into both tables for as long as the type lives: for ever.
-        let mut properties: Vec<ffi::PyGetSetDef> = ATTRIBUTES
-            .iter()
-            .map(|attribute| ffi::PyGetSetDef {
-                name: attribute.name.as_ptr().cast::<c_char>(),
-                get: Some(get_attribute),
-                set: Some(set_attribute),
-                doc: ptr::null(),
-                closure: ptr::from_ref(attribute).cast_mut().cast::<c_void>(),
-            })
-            .collect();
-        properties.push(ffi::PyGetSetDef::default());
-        let properties = properties.leak();
-        let vectorcall_offset = offset + mem::offset_of!(Tail, vectorcall);
-        let member = |name: &'static std::ffi::CStr, at: usize| ffi::PyMemberDef {
-            name: name.as_ptr(),
-            type_code: ffi::Py_T_PYSSIZET,
-            offset: at as ffi::Py_ssize_t,
-            flags: ffi::Py_READONLY,
-            doc: ptr::null(),
-        };
-        let members = vec![member(c"__vectorcalloffset__", vectorcall_offset), ffi::PyMemberDef::default()].leak();
-        let methods = methods().leak();
-        let slot = |slot: c_int, pointer: *mut c_void| ffi::PyType_Slot { slot, pfunc: pointer };
-        let mut slots = [
-            slot(ffi::Py_tp_dealloc, dealloc as *mut c_void),
-            slot(ffi::Py_tp_traverse, traverse as *mut c_void),
-            slot(ffi::Py_tp_clear, clear as *mut c_void),
-            slot(ffi::Py_tp_repr, repr as *mut c_void),
-            slot(ffi::Py_tp_iter, await_ as *mut c_void),
-            slot(ffi::Py_am_await, await_ as *mut c_void),
-            slot(ffi::Py_tp_call, PyVectorcall_Call as *mut c_void),
-            slot(ffi::Py_tp_methods, methods.as_mut_ptr().cast()),
-            slot(ffi::Py_tp_getset, properties.as_mut_ptr().cast()),
-            slot(ffi::Py_tp_members, members.as_mut_ptr().cast()),
-            slot(0, ptr::null_mut()),
-        ];
-        let flags = ffi::Py_TPFLAGS_DEFAULT
-            | ffi::Py_TPFLAGS_HAVE_GC
-            | ffi::Py_TPFLAGS_HAVE_VECTORCALL
-            | ffi::Py_TPFLAGS_DISALLOW_INSTANTIATION;
-        let mut spec = ffi::PyType_Spec {
-            name: c"cano._core.Branch".as_ptr(),
-            basicsize: size,
-            itemsize: 0,
-            flags: flags as std::ffi::c_uint,
-            slots: slots.as_mut_ptr(),
-        };
-        let bases = PyTuple::new(py, [base])?;
-        // SAFETY: the spec and its slots are valid for the call; what they point to lives for ever.
-        let class = unsafe {
-            let class = ffi::PyType_FromSpecWithBases(&raw mut spec, bases.as_ptr());
-            Bound::from_owned_ptr_or_err(py, class)?
-        };
-        Ok(class.cast_into::<PyType>()?.unbind())
-    }
 }

@@ -6,29 +6,25 @@
 
 use std::mem;
 
-use pyo3::exceptions::{PyException, PyRuntimeError, PyStopIteration, PyTimeoutError};
+use pyo3::exceptions::{PyException, PyRuntimeError, PyStopIteration};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::core::join::JoinVerdict;
 use crate::core::retry::RetryVerdict;
 use crate::core::time::Nanos;
 
 use super::asyncio::Asyncio;
 use super::convert::duration;
 use super::definition::{Source, TaskSpec};
-use super::env::{Env, Failure, RunContext, arguments};
-use super::errors::{
-    AttemptTimeoutError, InvalidTransitionError, RetryAfter, RetryExhaustedError, TaskExecutionError,
-    UnknownStateError, WorkflowError, from_panic, join_error, shown_label,
-};
+use super::env::{Failure, RunContext, arguments};
+use super::errors::{AttemptTimeoutError, RetryAfter, RetryExhaustedError, WorkflowError, from_panic};
 use super::result::SplitResult;
+use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
-use super::split::{Poll, Split, Start};
-use super::table::{JoinSpec, Kind, Table};
-use super::timer::{Limit, Timer};
+use super::split::Split;
+use super::table::Kind;
+use super::timer::{Armed, Limit, Timer};
 
 /// Transitions without a suspension after which the loop gets a turn.
 const TURN: u32 = 1024;
@@ -41,13 +37,13 @@ pub(super) enum Advance<'py> {
 
 /// What the suspended coroutine is.
 #[derive(Clone, Copy, PartialEq)]
-enum Work {
+pub(super) enum Work {
     Attempt,
     Backoff,
     Factory,
 }
 
-enum Phase {
+pub(super) enum Phase {
     Enter(usize),
     Call,
     Work(Work, Py<PyAny>),
@@ -56,14 +52,14 @@ enum Phase {
 }
 
 /// What follows a phase.
-enum Flow<'py> {
+pub(super) enum Flow<'py> {
     Go(Phase),
     Suspend(Bound<'py, PyAny>, Phase),
     Finish(Bound<'py, PyAny>),
 }
 
 /// What is run.
-enum Program {
+pub(super) enum Program {
     /// States, until an exit state or the one that a fork joins into.
     Machine { until: Option<usize> },
     /// One task, whose value is the outcome: a branch with a policy of its own.
@@ -71,16 +67,16 @@ enum Program {
 }
 
 pub(super) struct Drive {
-    phase: Phase,
-    program: Program,
-    state: usize,
-    attempt: u32,
+    pub(super) phase: Phase,
+    pub(super) program: Program,
+    pub(super) state: usize,
+    pub(super) attempt: u32,
     /// Whether the present phase has not suspended yet.
-    fresh: bool,
-    unsuspended: u32,
+    pub(super) fresh: bool,
+    pub(super) unsuspended: u32,
     /// The result of the split that led into the present state.
-    joined: Option<Py<SplitResult>>,
-    timer: Timer,
+    pub(super) joined: Option<Py<SplitResult>>,
+    pub(super) timer: Timer,
 }
 
 impl Drive {
@@ -132,12 +128,11 @@ impl Drive {
     }
 
     /// Enters a state, and each next one for as long as nothing suspends or needs more than a call and a look-up.
-    fn enter<'py>(&mut self, run: &Bound<'py, Run>, mut state: usize) -> PyResult<Flow<'py>> {
+    pub(super) fn enter<'py>(&mut self, run: &Bound<'py, Run>, mut state: usize) -> PyResult<Flow<'py>> {
         let (py, this) = (run.py(), run.get());
         let env = this.env.get();
         let table = env.table.get();
         let counted = if table.counts_visits { table.states.len() } else { 0 };
-        let budget = this.budget();
         let until = match self.program {
             Program::Machine { until } => until,
             Program::Branch(_) => None,
@@ -154,7 +149,7 @@ impl Drive {
             if self.unsuspended == TURN {
                 return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
             }
-            let Some(task) = entry.untimed_task().filter(|_| budget.is_none()) else {
+            let Some(task) = entry.untimed_task().filter(|_| env.budget.is_none()) else {
                 return self.call(run);
             };
             self.attempt = 1;
@@ -179,7 +174,7 @@ impl Drive {
         }
     }
 
-    fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {
+    pub(super) fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {
         let py = run.py();
         if let Program::Branch(task) = &self.program {
             let task = task.clone_ref(py);
@@ -417,197 +412,8 @@ impl Drive {
         }
     }
 
-    /// The next state, from what the task returned.
-    fn route<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
-        let table = run.get().env.get().table.get();
-        match table.by_identity(value) {
-            Some(next) => self.go(run, table, next),
-            None => self.route_by_value(run, value),
-        }
-    }
-
-    fn go<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, next: usize) -> PyResult<Flow<'py>> {
-        if !table.states[self.state].may_lead_to(next) {
-            return Err(self.undeclared(run, table, next));
-        }
-        self.joined = None;
-        Ok(Flow::Go(Phase::Enter(next)))
-    }
-
-    #[cold]
-    fn route_by_value<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
-        let (py, table) = (run.py(), run.get().env.get().table.get());
-        let class = value.get_type();
-        if class.is(table.single.bind(py)) {
-            let state = value.getattr(intern!(py, "state"))?;
-            return self.look_up(run, table, &state);
-        }
-        if class.is(table.split.bind(py)) {
-            return self.fork(run, table, value);
-        }
-        self.look_up(run, table, value)
-    }
-
-    fn look_up<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
-        match table.find(value) {
-            Ok(Some(next)) => return self.go(run, table, next),
-            Ok(None) => {}
-            Err(error) => return Err(self.failed(run, self.task(run), error)),
-        }
-        let place = self.place(run)?;
-        let error = if table.has_state_of_type(&value.get_type()) {
-            UnknownStateError::new_err(format!(
-                "{place} returned {}, which is neither registered nor an exit state",
-                shown_label(value)?
-            ))
-        } else {
-            InvalidTransitionError::new_err(format!(
-                "{place} returned a value of type {}; a task returns a state, TaskResult.Single or TaskResult.Split",
-                value.get_type().qualname()?
-            ))
-        };
-        Err(self.failed(run, self.task(run), error))
-    }
-
-    fn undeclared(&self, run: &Bound<'_, Run>, table: &Table, next: usize) -> PyErr {
-        let py = run.py();
-        let names: Vec<String> = table.states[self.state]
-            .declared
-            .iter()
-            .flatten()
-            .map(|index| table.states[*index].label.bind(py).to_string())
-            .collect();
-        let error = match self.place(run) {
-            Ok(place) => InvalidTransitionError::new_err(format!(
-                "{place} returned {}, but its annotation declares only {}",
-                table.states[next].label.bind(py),
-                names.join(", ")
-            )),
-            Err(error) => error,
-        };
-        self.failed(run, self.task(run), error)
-    }
-
-    /// The task returned `TaskResult.Split`: one branch for each state it lists.
-    fn fork<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
-        let Kind::Task { fork: Some(join), .. } = &table.states[self.state].kind else {
-            let error = WorkflowError::new_err(format!(
-                "{} returned TaskResult.Split; register its state with register_split(), or give register() a join=",
-                self.place(run)?
-            ));
-            return Err(self.failed(run, self.task(run), error));
-        };
-        let mut starts = Vec::new();
-        for state in value.getattr(intern!(run.py(), "states"))?.try_iter()? {
-            let state = state?;
-            match table.find(&state) {
-                Ok(Some(index)) => starts.push(Start::State(index)),
-                Ok(None) => {
-                    let error = UnknownStateError::new_err(format!(
-                        "{} split into {}, which is neither registered nor an exit state",
-                        self.place(run)?,
-                        shown_label(&state)?
-                    ));
-                    return Err(self.failed(run, self.task(run), error));
-                }
-                Err(error) => return Err(self.failed(run, self.task(run), error)),
-            }
-        }
-        self.open_checked(run, starts, join)
-    }
-
-    /// A factory gave the branches of a split.
-    fn made_branches<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
-        let (py, table) = (run.py(), run.get().env.get().table.get());
-        let Kind::Factory { join, .. } = &table.states[self.state].kind else {
-            unreachable!("only a factory's state runs a factory")
-        };
-        let prepared = table.prepare.bind(py).call1((value,)).and_then(|prepared| tasks(prepared.cast::<PyTuple>()?));
-        match prepared {
-            Ok(starts) => self.open_checked(run, starts, join),
-            Err(error) => Err(self.failed(run, self.task(run), error)),
-        }
-    }
-
-    /// Opens a split whose number of branches is known only now.
-    fn open_checked<'py>(&mut self, run: &Bound<'py, Run>, starts: Vec<Start>, join: &JoinSpec) -> PyResult<Flow<'py>> {
-        match join.strategy.check(starts.len(), join.timeout.is_some()) {
-            Ok(()) => self.open(run, starts, join),
-            Err(error) => Err(self.failed(run, self.task(run), error.into())),
-        }
-    }
-
-    fn open<'py>(&mut self, run: &Bound<'py, Run>, starts: Vec<Start>, join: &JoinSpec) -> PyResult<Flow<'py>> {
-        self.fresh = true;
-        self.attempt = 1;
-        self.timer.attempt_deadline = None;
-        let split = Split::open(run, self.state, starts, join)?;
-        self.join(run, split, None)
-    }
-
-    /// Waits for a split, or takes its result.
-    fn join<'py>(&mut self, run: &Bound<'py, Run>, split: Py<Split>, input: Option<Input<'py>>) -> PyResult<Flow<'py>> {
-        let (py, table) = (run.py(), run.get().env.get().table.get());
-        if let Some(input) = input {
-            if let Input::Throw(error) = input {
-                split.get().interrupt(py, error)?;
-            }
-            Split::resumed(split.bind(py))?;
-        }
-        let (verdict, result) = match Split::poll(split.bind(py))? {
-            Poll::Turn => {
-                self.suspended(run)?;
-                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Join(split)));
-            }
-            Poll::Waiting(waiter) => {
-                self.suspended(run)?;
-                return Ok(Flow::Suspend(waiter, Phase::Join(split)));
-            }
-            Poll::Interrupted(error) => return Err(self.interrupted(run, error)?),
-            Poll::Joined(verdict, result) => (verdict, result),
-        };
-        self.timer.settle(py, None)?;
-        let Some(join) = table.states[self.state].join() else {
-            unreachable!("a split was opened from a state that has a join")
-        };
-        if verdict == JoinVerdict::Proceed {
-            self.joined = Some(Py::new(py, result)?);
-            return Ok(Flow::Go(Phase::Enter(join.next)));
-        }
-        let error = self.join_failed(run, join, verdict, result)?;
-        Err(self.failed(run, None, error))
-    }
-
-    fn join_failed(
-        &self,
-        run: &Bound<'_, Run>,
-        join: &JoinSpec,
-        verdict: JoinVerdict,
-        result: SplitResult,
-    ) -> PyResult<PyErr> {
-        let py = run.py();
-        let mut exceptions = result.exceptions(py);
-        let result = Bound::new(py, result)?;
-        let state = run.get().env.get().label(py, self.state);
-        let counts = result.get().counts();
-        let (class, message) = if verdict == JoinVerdict::TimedOut {
-            let seconds = join.timeout.unwrap_or_default();
-            let text = format!("the split in state {state} was not decided within its timeout of {seconds} s");
-            let timeout = PyTimeoutError::new_err(text.clone());
-            exceptions.insert(0, timeout.into_value(py).into_any());
-            ("JoinTimeoutError", text)
-        } else {
-            ("JoinError", format!("the split in state {state} did not reach {}", join.strategy))
-        };
-        if exceptions.is_empty() {
-            let text = format!("no branch of the split in state {state} raised: {counts}");
-            exceptions.push(TaskExecutionError::new_err(text).into_value(py).into_any());
-        }
-        Ok(join_error(py, class, format!("{message}: {counts}"), exceptions, result.into_any()))
-    }
-
     /// Cancelled, or whatever else was thrown in: it leaves the run unless our own timer asked for it.
-    fn interrupted(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
+    pub(super) fn interrupted(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<PyErr> {
         let (py, env) = (run.py(), run.get().env.get());
         let limit = self.timer.settle(py, Some(&error))?;
         match (limit, run.get().budget()) {
@@ -621,11 +427,11 @@ impl Drive {
         }
     }
 
-    fn suspended(&mut self, run: &Bound<'_, Run>) -> PyResult<()> {
+    pub(super) fn suspended(&mut self, run: &Bound<'_, Run>) -> PyResult<()> {
         if mem::take(&mut self.fresh) {
-            let (py, env) = (run.py(), run.get().env.get());
+            let py = run.py();
             let watched = self.is_repeatable(run);
-            self.timer.suspended(py, env, run.get().budget(), watched, || fire(run))?;
+            self.timer.suspended(py, run.get().budget(), watched, |due| arm(run, due))?;
         }
         Ok(())
     }
@@ -644,11 +450,11 @@ impl Drive {
 
     pub(super) fn timer_fired(&mut self, run: &Bound<'_, Run>) -> PyResult<Option<Py<PyAny>>> {
         let (py, env) = (run.py(), run.get().env.get());
-        self.timer.fired(py, env, run.get().budget(), || fire(run))
+        self.timer.fired(py, env, run.get().budget(), |due| arm(run, due))
     }
 
     /// The task of the present state, or of the branch.
-    fn task(&self, run: &Bound<'_, Run>) -> Option<Py<TaskSpec>> {
+    pub(super) fn task(&self, run: &Bound<'_, Run>) -> Option<Py<TaskSpec>> {
         let py = run.py();
         if let Program::Branch(task) = &self.program {
             return Some(task.clone_ref(py));
@@ -659,17 +465,7 @@ impl Drive {
         }
     }
 
-    /// "task charge in state CHARGE"
-    fn place(&self, run: &Bound<'_, Run>) -> PyResult<String> {
-        let py = run.py();
-        let state = run.get().env.get().label(py, self.state).to_cow()?;
-        Ok(match self.task(run) {
-            Some(task) => format!("task {} in state {state}", task.get().name.bind(py).to_cow()?),
-            None => format!("state {state}"),
-        })
-    }
-
-    fn failure<'a>(&self, run: &Bound<'_, Run>, task: Option<&'a Py<TaskSpec>>) -> Failure<'a> {
+    pub(super) fn failure<'a>(&self, run: &Bound<'_, Run>, task: Option<&'a Py<TaskSpec>>) -> Failure<'a> {
         Failure {
             state: self.state,
             task: task.map(|task| &task.get().name),
@@ -680,7 +476,7 @@ impl Drive {
     }
 
     /// Annotates the exception that ends the run.
-    fn failed(&self, run: &Bound<'_, Run>, task: Option<Py<TaskSpec>>, mut error: PyErr) -> PyErr {
+    pub(super) fn failed(&self, run: &Bound<'_, Run>, task: Option<Py<TaskSpec>>, mut error: PyErr) -> PyErr {
         if error.is_instance_of::<PyStopIteration>(run.py()) {
             error = self.stop_iteration(run, error).unwrap_or_else(|problem| problem);
         }
@@ -726,19 +522,13 @@ impl Drive {
     }
 }
 
-/// The timer's callback.
-fn fire(run: &Bound<'_, Run>) -> PyResult<Py<PyAny>> {
-    Ok(run.getattr(intern!(run.py(), "_fire"))?.unbind())
-}
-
-fn tasks(branches: &Bound<'_, PyTuple>) -> PyResult<Vec<Start>> {
-    branches.iter().map(|branch| Ok(Start::Task(branch.cast_into::<TaskSpec>()?.unbind()))).collect()
-}
-
-/// The name of a branch.
-pub(super) fn branch_name(py: Python<'_>, env: &Env, start: &Start) -> Py<PyString> {
-    match start {
-        Start::Task(task) => task.get().name.clone_ref(py),
-        Start::State(state) => env.label(py, *state).clone().unbind(),
+/// Has the run called when a deadline is due; a branch is called by its split.
+fn arm(run: &Bound<'_, Run>, due: f64) -> PyResult<Armed> {
+    let (py, this) = (run.py(), run.get());
+    if let Some(split) = &this.split {
+        Split::arm(split.bind(py), due, run)?;
+        return Ok(Armed::BySplit);
     }
+    let fire = run.getattr(intern!(py, "_fire"))?;
+    Ok(Armed::ByLoop(this.env.get().clock(py)?.call_at(py, due, fire)?))
 }

@@ -1,6 +1,6 @@
 //! The driver: what Python hands over is converted here, `core` is asked, and its verdict carried out.
 //!
-//! A file may use only the files named above it. `unsafe` appears in `run.rs` and `branch.rs` alone.
+//! A file may use only the files named above it. `unsafe` appears in `run.rs`, `branch.rs` and `branch_type.rs` alone.
 
 mod errors;
 
@@ -24,9 +24,13 @@ mod run;
 
 mod branch;
 
+mod branch_type;
+
 mod split;
 
 mod drive;
+
+mod route;
 
 #[pyo3::pymodule(gil_used = true)]
 mod _core {

@@ -26,6 +26,7 @@ use pyo3::{PyTraverseError, PyVisit, ffi, intern};
 use super::drive::{Advance, Drive};
 use super::env::{Budget, Env, Failure, Scope};
 use super::errors::TaskExecutionError;
+use super::split::Split;
 use super::table::Table;
 
 /// A cell for state that only the holder of the interpreter's lock touches.
@@ -155,16 +156,25 @@ pub(super) struct Run {
     pub(super) track: GilCell<Track>,
     /// Of a branch: where it was split off, and its index.
     pub(super) scope: Option<(Arc<Scope>, usize)>,
+    /// Of a branch: the split that calls it when a deadline is due.
+    pub(super) split: Option<Py<Split>>,
     drive: GilCell<Option<Box<Drive>>>,
     owner: OnceLock<ThreadId>,
 }
 
 impl Run {
-    pub(super) fn with_drive(env: Py<Env>, state: usize, drive: Drive, scope: Option<(Arc<Scope>, usize)>) -> Self {
+    pub(super) fn with_drive(
+        env: Py<Env>,
+        state: usize,
+        drive: Drive,
+        scope: Option<(Arc<Scope>, usize)>,
+        split: Option<Py<Split>>,
+    ) -> Self {
         Self {
             env,
             track: GilCell::new(Track { state, ..Track::default() }),
             scope,
+            split,
             drive: GilCell::new(Some(Box::new(drive))),
             owner: OnceLock::new(),
         }
@@ -184,7 +194,7 @@ impl Run {
         self.drive.with(py, |cell| *cell = Some(drive));
     }
 
-    /// The whole-run timeout, if this run has to look after it: a branch's parent does, and cancels it.
+    /// The whole-run timeout, if this run has a timer for it: a branch's parent has one, and cancels the branch.
     pub(super) fn budget(&self) -> Option<Budget> {
         self.env.get().budget.filter(|_| self.scope.is_none())
     }
@@ -192,7 +202,7 @@ impl Run {
     /// The error, if the budget is used up by now.
     pub(super) fn check_budget(&self, py: Python<'_>) -> PyResult<Option<PyErr>> {
         let env = self.env.get();
-        match self.budget() {
+        match env.budget {
             Some(budget) if env.now(py)? >= budget.deadline => Ok(Some(env.timed_out(py, budget))),
             _ => Ok(None),
         }
@@ -272,7 +282,7 @@ impl Run {
     ) -> PyResult<Self> {
         let state = table.get().initial(state)?;
         let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout)?)?;
-        Ok(Self::with_drive(env, state, Drive::machine(state, None), None))
+        Ok(Self::with_drive(env, state, Drive::machine(state, None), None, None))
     }
 
     fn __await__(slf: Py<Self>) -> Py<Self> {
@@ -324,7 +334,7 @@ impl Run {
     }
 
     /// The event loop's timer calls this.
-    fn _fire(slf: &Bound<'_, Self>) -> PyResult<()> {
+    pub(super) fn _fire(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, run) = (slf.py(), slf.get());
         let Some(mut drive) = run.take(py)? else {
             return Ok(());
@@ -411,6 +421,7 @@ impl Run {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.env)?;
+        visit.call(&self.split)?;
         self.drive.peek(|drive| drive.as_ref().map_or(Ok(()), |drive| drive.traverse(&visit))).unwrap_or(Ok(()))
     }
 

@@ -16,6 +16,7 @@
 //! - A callback cannot lose the parent: whatever fails in it becomes the outcome of its branch.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use pyo3::exceptions::{PyException, PyRuntimeError};
@@ -29,10 +30,11 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 use super::asyncio::{Asyncio, disarm};
 use super::branch;
 use super::definition::TaskSpec;
-use super::drive::{Drive, branch_name};
+use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, from_panic};
 use super::result::{End, Ended, Origin, SplitResult};
+use super::route::branch_name;
 use super::run::{GilCell, Run};
 use super::table::JoinSpec;
 
@@ -56,6 +58,9 @@ struct State {
     alive: usize,
     waiter: Option<Py<PyAny>>,
     timer: Option<Py<PyAny>>,
+    /// When attempts of branches are over, earliest first, and the timer for the first.
+    deadlines: VecDeque<(f64, Py<Run>)>,
+    deadline_timer: Option<Py<PyAny>>,
     /// Native branches that want another turn, oldest first.
     queued: Vec<Py<PyAny>>,
     /// Whether a handle on the loop will step them.
@@ -155,6 +160,8 @@ impl Split {
                     alive: 0,
                     waiter: None,
                     timer: None,
+                    deadlines: VecDeque::new(),
+                    deadline_timer: None,
                     queued: Vec::new(),
                     turn_is_scheduled: false,
                     is_abandoned: false,
@@ -246,11 +253,11 @@ impl Split {
             }
             Start::Task(task) => {
                 let drive = Drive::branch(this.scope.state, task);
-                this.driven(py, this.scope.state, drive, place)?
+                Self::driven(slf, this.scope.state, drive, place)?
             }
             Start::State(first) => {
                 let drive = Drive::machine(first, Some(this.until));
-                this.driven(py, first, drive, place)?
+                Self::driven(slf, first, drive, place)?
             }
         };
         match &this.mode {
@@ -278,7 +285,8 @@ impl Split {
             Some(context) if !at_once => branch::copy_of(context.bind(py))?,
             _ => branch::copy_context(py)?,
         };
-        let branch = branch::new(slf, index, coroutine, context)?;
+        let name = this.state.with(py, |state| state.branches[index].ended.name.clone_ref(py));
+        let branch = branch::new(slf, index, name, coroutine, context)?;
         let kept = branch.clone().unbind();
         this.state.with(py, |state| state.branches[index].task = Some(kept));
         if DEPTH.get() > DEPTH_LIMIT {
@@ -292,14 +300,44 @@ impl Split {
 
     /// A branch that needs a run of its own, inside a real coroutine.
     fn driven<'py>(
-        &self,
-        py: Python<'py>,
+        slf: &Bound<'py, Self>,
         state: usize,
         drive: Drive,
         place: Option<(Arc<Scope>, usize)>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let run = Run::with_drive(self.env.clone_ref(py), state, drive, place);
-        self.env.get().table.get().drive.bind(py).call1((run,))
+        let (py, this) = (slf.py(), slf.get());
+        let split = Some(slf.clone().unbind());
+        let run = Run::with_drive(this.env.clone_ref(py), state, drive, place, split);
+        this.env.get().table.get().drive.bind(py).call1((run,))
+    }
+
+    /// A branch wants to be called when an attempt's deadline is due: one timer serves all of them.
+    ///
+    /// Deadlines of equal limits come in order, so that each is added at the end; one that is over earlier than the last
+    /// finds its place from there. An attempt that ended in time leaves its entry, which then calls for nothing.
+    pub(super) fn arm(slf: &Bound<'_, Self>, due: f64, run: &Bound<'_, Run>) -> PyResult<()> {
+        let run = run.clone().unbind();
+        let is_first = slf.get().state.with(slf.py(), |state| {
+            let at = match state.deadlines.back() {
+                Some((last, _)) if *last > due => state.deadlines.partition_point(|(other, _)| *other <= due),
+                _ => state.deadlines.len(),
+            };
+            state.deadlines.insert(at, (due, run));
+            at == 0
+        });
+        if is_first { Self::arm_for_first(slf) } else { Ok(()) }
+    }
+
+    fn arm_for_first(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let (first, old) =
+            this.state.with(py, |state| (state.deadlines.front().map(|(due, _)| *due), state.deadline_timer.take()));
+        disarm(py, old);
+        let Some(first) = first else { return Ok(()) };
+        let callback = slf.getattr(intern!(py, "_deadline"))?;
+        let timer = this.env.get().clock(py)?.call_at(py, first, callback)?;
+        this.state.with(py, |state| state.deadline_timer = Some(timer));
+        Ok(())
     }
 
     /// A branch ended: records it, and carries out what follows.
@@ -428,10 +466,19 @@ impl Split {
             Self::after_callback(slf);
             return Ok(Poll::Waiting(waiter));
         }
-        let (timer, interrupted, verdict, branches) = this.state.with(py, |state| {
-            (state.timer.take(), state.interrupted.take(), state.join.verdict(), std::mem::take(&mut state.branches))
+        let (timers, interrupted, verdict, branches, deadlines) = this.state.with(py, |state| {
+            (
+                [state.timer.take(), state.deadline_timer.take()],
+                state.interrupted.take(),
+                state.join.verdict(),
+                std::mem::take(&mut state.branches),
+                std::mem::take(&mut state.deadlines),
+            )
         });
-        disarm(py, timer);
+        drop(deadlines);
+        for timer in timers {
+            disarm(py, timer);
+        }
         if let Some(error) = interrupted {
             return Ok(Poll::Interrupted(error));
         }
@@ -502,15 +549,6 @@ impl Split {
         self.env.get().clock(py).and_then(|clock| clock.mark(py)).unwrap_or_default()
     }
 
-    /// The name of a branch as a task: its own, and its index.
-    pub(super) fn name_of_branch(&self, py: Python<'_>, index: usize) -> PyResult<String> {
-        let name = self.state.with(py, |state| state.branches.get(index).map(|branch| branch.ended.name.clone_ref(py)));
-        match name {
-            Some(name) => Ok(format!("{}[{index}]", name.bind(py).to_cow()?)),
-            None => Ok(format!("branch[{index}]")),
-        }
-    }
-
     /// The parent is closed: nothing waits for the branches any more, they are cancelled; on a closed loop, closed as well.
     pub(super) fn close(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
@@ -577,6 +615,22 @@ impl Split {
         self.wake(py);
     }
 
+    /// The event loop's timer calls this for the attempts whose deadline is due.
+    fn _deadline(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let now = this.env.get().now(py)?;
+        let (due, timer) = this.state.with(py, |state| {
+            let count = state.deadlines.partition_point(|(due, _)| *due <= now);
+            (state.deadlines.drain(..count).collect::<Vec<_>>(), state.deadline_timer.take())
+        });
+        drop(timer);
+        let mut outcome = Ok(());
+        for (_, run) in due {
+            outcome = outcome.and(Run::_fire(run.bind(py)));
+        }
+        outcome.and(Self::arm_for_first(slf))
+    }
+
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
         slf.get().state.with(slf.py(), |state| state.turn_is_scheduled = false);
@@ -597,8 +651,12 @@ impl Split {
             .peek(|state| {
                 visit.call(&state.waiter)?;
                 visit.call(&state.timer)?;
+                visit.call(&state.deadline_timer)?;
                 for branch in &state.queued {
                     visit.call(branch)?;
+                }
+                for (_, run) in &state.deadlines {
+                    visit.call(run)?;
                 }
                 for branch in &state.branches {
                     visit.call(&branch.task)?;

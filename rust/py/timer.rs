@@ -20,9 +20,29 @@ pub(super) enum Limit {
     Run,
 }
 
+/// Who calls when the deadline is due.
+#[derive(Default)]
+pub(super) enum Armed {
+    #[default]
+    Not,
+    /// A handle of the event loop.
+    ByLoop(Py<PyAny>),
+    /// The split of the branch, which has one handle for all of them.
+    BySplit,
+}
+
+impl Armed {
+    fn take_handle(&mut self) -> Option<Py<PyAny>> {
+        match std::mem::take(self) {
+            Armed::ByLoop(handle) => Some(handle),
+            Armed::Not | Armed::BySplit => None,
+        }
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Timer {
-    handle: Option<Py<PyAny>>,
+    armed: Armed,
     armed_for: f64,
     /// The attempt's deadline in the loop's time; the run's is in `Env`.
     pub(super) attempt_deadline: Option<f64>,
@@ -51,10 +71,9 @@ impl Timer {
     pub(super) fn suspended(
         &mut self,
         py: Python<'_>,
-        env: &Env,
         budget: Option<Budget>,
         watched: bool,
-        fire: impl FnOnce() -> PyResult<Py<PyAny>>,
+        arm: impl FnOnce(f64) -> PyResult<Armed>,
     ) -> PyResult<()> {
         let due = self.due(budget);
         if due.is_none() && !watched {
@@ -78,11 +97,11 @@ impl Timer {
         if self.host.is_none() {
             return Err(WorkflowError::new_err("a timeout needs a running asyncio task: await the run inside one"));
         }
-        if self.handle.is_some() && self.armed_for <= due {
+        if !matches!(self.armed, Armed::Not) && self.armed_for <= due {
             return Ok(());
         }
-        disarm(py, self.handle.take());
-        self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
+        disarm(py, self.armed.take_handle());
+        self.armed = arm(due)?;
         self.armed_for = due;
         Ok(())
     }
@@ -101,9 +120,9 @@ impl Timer {
         py: Python<'_>,
         env: &Env,
         budget: Option<Budget>,
-        fire: impl FnOnce() -> PyResult<Py<PyAny>>,
+        arm: impl FnOnce(f64) -> PyResult<Armed>,
     ) -> PyResult<Option<Py<PyAny>>> {
-        self.handle = None;
+        drop(self.armed.take_handle());
         let Some(due) = self.due(budget) else {
             return Ok(None);
         };
@@ -117,7 +136,7 @@ impl Timer {
         }
         // An attempt that cleans up for long, or goes on, is still bound by the run's budget.
         if let Some(due) = self.due(budget).filter(|due| *due > now) {
-            self.handle = Some(env.clock(py)?.call_at(py, due, fire()?.into_bound(py))?);
+            self.armed = arm(due)?;
             self.armed_for = due;
         }
         Ok(self.host.as_ref().filter(|_| is_over).map(|host| host.clone_ref(py)))
@@ -145,12 +164,14 @@ impl Timer {
 
     /// The run ended: nothing of it may fire any more.
     pub(super) fn stop(&mut self, py: Python<'_>) {
-        disarm(py, self.handle.take());
+        disarm(py, self.armed.take_handle());
         self.host = None;
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.handle)?;
+        if let Armed::ByLoop(handle) = &self.armed {
+            visit.call(handle)?;
+        }
         visit.call(&self.host)
     }
 }

@@ -1,0 +1,265 @@
+//! What follows from what a task returned: the next state, or a split and its join.
+
+use pyo3::exceptions::PyTimeoutError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyString, PyTuple};
+
+use crate::core::join::JoinVerdict;
+
+use super::definition::TaskSpec;
+use super::drive::{Drive, Flow, Phase};
+use super::env::Env;
+use super::errors::{
+    InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
+};
+use super::result::SplitResult;
+use super::run::{Input, Run};
+use super::split::{Poll, Split, Start};
+use super::table::{JoinSpec, Kind, Table};
+
+impl Drive {
+    /// The next state, from what the task returned.
+    pub(super) fn route<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let table = run.get().env.get().table.get();
+        match table.by_identity(value) {
+            Some(next) => self.go(run, table, next),
+            None => self.route_by_value(run, value),
+        }
+    }
+
+    pub(super) fn go<'py>(&mut self, run: &Bound<'py, Run>, table: &Table, next: usize) -> PyResult<Flow<'py>> {
+        if !table.states[self.state].may_lead_to(next) {
+            return Err(self.undeclared(run, table, next));
+        }
+        self.joined = None;
+        Ok(Flow::Go(Phase::Enter(next)))
+    }
+
+    #[cold]
+    pub(super) fn route_by_value<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        value: &Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        let class = value.get_type();
+        if class.is(table.single.bind(py)) {
+            let state = value.getattr(intern!(py, "state"))?;
+            return self.look_up(run, table, &state);
+        }
+        if class.is(table.split.bind(py)) {
+            return self.fork(run, table, value);
+        }
+        self.look_up(run, table, value)
+    }
+
+    pub(super) fn look_up<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        table: &Table,
+        value: &Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        match table.find(value) {
+            Ok(Some(next)) => return self.go(run, table, next),
+            Ok(None) => {}
+            Err(error) => return Err(self.failed(run, self.task(run), error)),
+        }
+        let place = self.place(run)?;
+        let error = if table.has_state_of_type(&value.get_type()) {
+            UnknownStateError::new_err(format!(
+                "{place} returned {}, which is neither registered nor an exit state",
+                shown_label(value)?
+            ))
+        } else {
+            InvalidTransitionError::new_err(format!(
+                "{place} returned a value of type {}; a task returns a state, TaskResult.Single or TaskResult.Split",
+                value.get_type().qualname()?
+            ))
+        };
+        Err(self.failed(run, self.task(run), error))
+    }
+
+    pub(super) fn undeclared(&self, run: &Bound<'_, Run>, table: &Table, next: usize) -> PyErr {
+        let py = run.py();
+        let names: Vec<String> = table.states[self.state]
+            .declared
+            .iter()
+            .flatten()
+            .map(|index| table.states[*index].label.bind(py).to_string())
+            .collect();
+        let error = match self.place(run) {
+            Ok(place) => InvalidTransitionError::new_err(format!(
+                "{place} returned {}, but its annotation declares only {}",
+                table.states[next].label.bind(py),
+                names.join(", ")
+            )),
+            Err(error) => error,
+        };
+        self.failed(run, self.task(run), error)
+    }
+
+    /// The task returned `TaskResult.Split`: one branch for each state it lists.
+    pub(super) fn fork<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        table: &Table,
+        value: &Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        let Kind::Task { fork: Some(join), .. } = &table.states[self.state].kind else {
+            let error = WorkflowError::new_err(format!(
+                "{} returned TaskResult.Split; register its state with register_split(), or give register() a join=",
+                self.place(run)?
+            ));
+            return Err(self.failed(run, self.task(run), error));
+        };
+        let mut starts = Vec::new();
+        for state in value.getattr(intern!(run.py(), "states"))?.try_iter()? {
+            let state = state?;
+            match table.find(&state) {
+                Ok(Some(index)) => starts.push(Start::State(index)),
+                Ok(None) => {
+                    let error = UnknownStateError::new_err(format!(
+                        "{} split into {}, which is neither registered nor an exit state",
+                        self.place(run)?,
+                        shown_label(&state)?
+                    ));
+                    return Err(self.failed(run, self.task(run), error));
+                }
+                Err(error) => return Err(self.failed(run, self.task(run), error)),
+            }
+        }
+        self.open_checked(run, starts, join)
+    }
+
+    /// A factory gave the branches of a split.
+    pub(super) fn made_branches<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        value: &Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        let Kind::Factory { join, .. } = &table.states[self.state].kind else {
+            unreachable!("only a factory's state runs a factory")
+        };
+        let prepared = table.prepare.bind(py).call1((value,)).and_then(|prepared| tasks(prepared.cast::<PyTuple>()?));
+        match prepared {
+            Ok(starts) => self.open_checked(run, starts, join),
+            Err(error) => Err(self.failed(run, self.task(run), error)),
+        }
+    }
+
+    /// Opens a split whose number of branches is known only now.
+    pub(super) fn open_checked<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        starts: Vec<Start>,
+        join: &JoinSpec,
+    ) -> PyResult<Flow<'py>> {
+        match join.strategy.check(starts.len(), join.timeout.is_some()) {
+            Ok(()) => self.open(run, starts, join),
+            Err(error) => Err(self.failed(run, self.task(run), error.into())),
+        }
+    }
+
+    pub(super) fn open<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        starts: Vec<Start>,
+        join: &JoinSpec,
+    ) -> PyResult<Flow<'py>> {
+        self.fresh = true;
+        self.attempt = 1;
+        self.timer.attempt_deadline = None;
+        let split = Split::open(run, self.state, starts, join)?;
+        self.join(run, split, None)
+    }
+
+    /// Waits for a split, or takes its result.
+    pub(super) fn join<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        split: Py<Split>,
+        input: Option<Input<'py>>,
+    ) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        if let Some(input) = input {
+            if let Input::Throw(error) = input {
+                split.get().interrupt(py, error)?;
+            }
+            Split::resumed(split.bind(py))?;
+        }
+        let (verdict, result) = match Split::poll(split.bind(py))? {
+            Poll::Turn => {
+                self.suspended(run)?;
+                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Join(split)));
+            }
+            Poll::Waiting(waiter) => {
+                self.suspended(run)?;
+                return Ok(Flow::Suspend(waiter, Phase::Join(split)));
+            }
+            Poll::Interrupted(error) => return Err(self.interrupted(run, error)?),
+            Poll::Joined(verdict, result) => (verdict, result),
+        };
+        self.timer.settle(py, None)?;
+        let Some(join) = table.states[self.state].join() else {
+            unreachable!("a split was opened from a state that has a join")
+        };
+        if verdict == JoinVerdict::Proceed {
+            self.joined = Some(Py::new(py, result)?);
+            return Ok(Flow::Go(Phase::Enter(join.next)));
+        }
+        let error = self.join_failed(run, join, verdict, result)?;
+        Err(self.failed(run, None, error))
+    }
+
+    pub(super) fn join_failed(
+        &self,
+        run: &Bound<'_, Run>,
+        join: &JoinSpec,
+        verdict: JoinVerdict,
+        result: SplitResult,
+    ) -> PyResult<PyErr> {
+        let py = run.py();
+        let mut exceptions = result.exceptions(py);
+        let result = Bound::new(py, result)?;
+        let state = run.get().env.get().label(py, self.state);
+        let counts = result.get().counts();
+        let (class, message) = if verdict == JoinVerdict::TimedOut {
+            let seconds = join.timeout.unwrap_or_default();
+            let text = format!("the split in state {state} was not decided within its timeout of {seconds} s");
+            let timeout = PyTimeoutError::new_err(text.clone());
+            exceptions.insert(0, timeout.into_value(py).into_any());
+            ("JoinTimeoutError", text)
+        } else {
+            ("JoinError", format!("the split in state {state} did not reach {}", join.strategy))
+        };
+        if exceptions.is_empty() {
+            let text = format!("no branch of the split in state {state} raised: {counts}");
+            exceptions.push(TaskExecutionError::new_err(text).into_value(py).into_any());
+        }
+        Ok(join_error(py, class, format!("{message}: {counts}"), exceptions, result.into_any()))
+    }
+
+    /// "task charge in state CHARGE"
+    pub(super) fn place(&self, run: &Bound<'_, Run>) -> PyResult<String> {
+        let py = run.py();
+        let state = run.get().env.get().label(py, self.state).to_cow()?;
+        Ok(match self.task(run) {
+            Some(task) => format!("task {} in state {state}", task.get().name.bind(py).to_cow()?),
+            None => format!("state {state}"),
+        })
+    }
+}
+
+pub(super) fn tasks(branches: &Bound<'_, PyTuple>) -> PyResult<Vec<Start>> {
+    branches.iter().map(|branch| Ok(Start::Task(branch.cast_into::<TaskSpec>()?.unbind()))).collect()
+}
+
+/// The name of a branch.
+pub(super) fn branch_name(py: Python<'_>, env: &Env, start: &Start) -> Py<PyString> {
+    match start {
+        Start::Task(task) => task.get().name.clone_ref(py),
+        Start::State(state) => env.label(py, *state).clone().unbind(),
+    }
+}
