@@ -44,8 +44,8 @@ SECTIONS = {
 class Target(NamedTuple):
     """What a number must be.
 
-    "faster" is their time in ours, and at least the bound. All others are at most: "time" and "share" are our time (or memory) in
-    theirs, as a factor and in percent; "own" is our time alone.
+    "faster" is their time in ours, and at least the bound. All others are at most: "time" and "share" are our time, or
+    memory, in theirs, as a factor and in percent; "own" is our time alone.
     """
 
     form: str

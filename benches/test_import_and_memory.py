@@ -78,7 +78,7 @@ BRANCHES = """
 import asyncio, gc, os, tracemalloc
 import cano
 from benches import pure_python
-from benches.branches import gather, resolve, split, task_group
+from benches.branches import gather, resolve, split
 
 def resident():
     with open("/proc/self/statm") as memory:
@@ -96,28 +96,31 @@ async def main(used, count):
             await asyncio.sleep(0)
         gc.collect()
 
-    def waiting_futures():
+    def waiting_futures(count):
         return [asyncio.get_running_loop().create_future() for _ in range(count)]
 
-    branches = [branch] * count
-    contender = {contender}
-    made = waiting_futures()
+    def begin(count):
+        branches = [branch] * count
+        return asyncio.create_task({contender}())
+
+    made = waiting_futures(1_000)
     left = iter(made)
-    some = asyncio.create_task(contender())
+    some = begin(1_000)
     await turn()
-    more = waiting_futures()
+    more = waiting_futures(count)
     left = iter(more)
+    if used is allocated:
+        tracemalloc.start()
     before = used()
-    other = asyncio.create_task(contender())
+    others = begin(count)
     await turn()
     print((used() - before) / count)
     tracemalloc.stop()
     resolve(made)
     resolve(more)
-    assert await some == await other == [1] * count
+    assert await some == [1] * 1_000
+    assert await others == [1] * count
 
-if {used} is allocated:
-    tracemalloc.start()
 asyncio.run(main({used}, 10_000))
 """
 
@@ -170,7 +173,6 @@ def test_branch_in_flight(versus, child, used):
     contenders = {
         "cano": child(BRANCHES, contender="split(cano, branches)", used=used),
         "asyncio.gather": child(BRANCHES, contender="gather(branches)", used=used),
-        "asyncio.TaskGroup": child(BRANCHES, contender="task_group(branches)", used=used),
         "pure Python": child(BRANCHES, contender="split(pure_python, branches)", used=used),
     }
     versus.sampled(f"branch that waits, memory {used}", contenders, unit="B", rounds=2)

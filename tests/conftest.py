@@ -1,7 +1,8 @@
 """The loop that async tests run on, and the rule that a test leaves nothing behind.
 
 ``--loop=virtual`` (the default) runs each async test on its own `cano.testing.VirtualClockLoop`, ``debug`` the same in
-asyncio's debug mode, ``asyncio`` and ``uvloop`` on those loops in real time. Two marks: ``virtual`` needs the virtual
+asyncio's debug mode, ``asyncio`` and ``uvloop`` on those loops in real time. ``--branches=asyncio`` runs every split in
+compatibility mode. Two marks: ``virtual`` needs the virtual
 clock and is skipped on the last two; ``realtime`` uses real time or real sockets and never runs on the virtual clock.
 Plain tests that call `cano.testing.run` are on the virtual clock whatever the option says.
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 import pytest
 from pytest_asyncio import is_async_test
 
+import cano
 from cano.testing import VirtualClockLoop
 from cano.testing._leaks import ENGINE_THREADS, Orphan, alive, describe, expect_none, started_threads
 
@@ -35,11 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="virtual",
         help="what async tests run on: the virtual clock (also in debug mode), or a stock loop in real time",
     )
+    parser.addoption(
+        "--branches",
+        choices=("native", "asyncio"),
+        default="native",
+        help="what splits run their branches as: tasks of cano's own, or asyncio's (compatibility mode)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual: needs the virtual clock; skipped on other loops")
     config.addinivalue_line("markers", "realtime: needs real time or real sockets; never runs on the virtual clock")
+    cano.configure(branches=config.getoption("--branches"))
     if config.getoption("--loop") == "debug":
         config.option.asyncio_debug = True  # for the loops of pytest-asyncio
         patch = pytest.MonkeyPatch()

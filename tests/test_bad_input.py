@@ -669,6 +669,7 @@ WALK = {
     "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
     "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),
+    "configure.branches": ("branches", lambda value: cano.configure(branches=value)),
     "in_thread.function": ("function", in_thread),
 }
 

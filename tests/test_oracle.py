@@ -12,7 +12,7 @@ are still due at the same moment is not compared.
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -412,7 +412,8 @@ class Machine:
 
     def described_result(self, result: Any) -> list[Any]:
         def elapsed(outcome: Any) -> int:
-            return round(outcome.elapsed * MICROSECONDS)
+            seconds: float = outcome.elapsed
+            return round(seconds * MICROSECONDS)
 
         return [
             [(one.index, one.name, one.value, elapsed(one)) for one in result.successes],
@@ -429,9 +430,9 @@ class Loop(VirtualClockLoop):
         self.moments: list[int] = []
         super().__init__()
 
-    def call_at(self, when: float, callback: Callable[..., object], *args: Any, **options: Any) -> asyncio.TimerHandle:
+    def call_at(self, when: float, *args: Any, **options: Any) -> asyncio.TimerHandle:  # type: ignore[override]
         self.moments.append(round(when * MICROSECONDS))
-        return super().call_at(when, callback, *args, **options)
+        return super().call_at(when, *args, **options)
 
 
 def observe(engine: Any, program: Program) -> tuple[list[tuple[str, int, str]], str, list[int]]:

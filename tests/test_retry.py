@@ -491,7 +491,11 @@ async def test_predicate_gets_the_failure() -> None:
     errors = [Oops("first"), Oops("second")]
     asked: list[Exception] = []
 
-    await run(Attempts(*errors), fixed(2, retry_on=lambda error: asked.append(error) or True))
+    def predicate(error: Exception) -> bool:
+        asked.append(error)
+        return True
+
+    await run(Attempts(*errors), fixed(2, retry_on=predicate))
 
     assert asked == errors
 
@@ -822,7 +826,7 @@ async def test_config_is_read_once() -> None:
     task = Configured(*[Oops] * 9)
     workflow = workflow_of(task)
 
-    task.config = fixed(5)  # type: ignore[misc]
+    task.config = fixed(5)
     with pytest.raises(RetryExhaustedError):
         await workflow.orchestrate(S.START)
 
@@ -915,7 +919,7 @@ def test_config_refused(options: dict[str, Any], text: str) -> None:
 def test_config_takes_keywords_only() -> None:
     """The fields of a configuration are given by name."""
     with pytest.raises(TypeError):
-        TaskConfig(RetryMode.none())  # type: ignore[misc]
+        TaskConfig(RetryMode.none())  # type: ignore[call-arg]
 
 
 def test_config_is_frozen() -> None:

@@ -1272,9 +1272,13 @@ async def around_task_group(limit: float, body: Callable[[], Awaitable[object]])
     return "ended"
 
 
+async def _awaiting(body: Callable[[], Awaitable[object]]) -> None:
+    await body()
+
+
 async def around_anyio_group(limit: float, body: Callable[[], Awaitable[object]]) -> str:
     async with anyio.create_task_group() as group:
-        group.start_soon(body)
+        group.start_soon(_awaiting, body)
         await asyncio.sleep(limit)
         group.cancel_scope.cancel()
     return "ended"

@@ -184,13 +184,7 @@ impl Drive {
         match &table.states[self.state].kind {
             Kind::Task { task, .. } => self.begin(run, Work::Attempt, task.get()),
             Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
-            Kind::Split { branches, join } => {
-                if let Some(error) = run.get().check_budget(py)? {
-                    return Err(self.failed(run, None, error));
-                }
-                let starts = tasks(branches.bind(py))?;
-                self.open(run, starts, join)
-            }
+            Kind::Split { branches, join } => self.open(run, tasks(branches.bind(py))?, join),
             Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
         }
     }

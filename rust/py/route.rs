@@ -168,6 +168,10 @@ impl Drive {
         starts: Vec<Start>,
         join: &JoinSpec,
     ) -> PyResult<Flow<'py>> {
+        if let Some(error) = run.get().check_budget(run.py())? {
+            self.attempt = 0;
+            return Err(self.failed(run, None, error));
+        }
         self.fresh = true;
         self.attempt = 1;
         self.timer.attempt_deadline = None;

@@ -32,7 +32,7 @@ use super::branch;
 use super::definition::TaskSpec;
 use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
-use super::errors::{CancelledError, from_panic};
+use super::errors::{CancelledError, WorkflowTimeoutError, from_panic};
 use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
 use super::run::{GilCell, Run};
@@ -355,7 +355,7 @@ impl Split {
         let (end, counted, fatal) = match outcome {
             Ok(value) => (End::Value(value), Outcome::Succeeded, None),
             Err(error) if error.is_instance_of::<CancelledError>(py) => (End::Cancelled, Outcome::Cancelled, None),
-            Err(error) => match Self::as_failure(py, error) {
+            Err(error) => match self.as_failure(py, error) {
                 Ok(error) => (End::Error(error.into_value(py).into_any()), Outcome::Failed, None),
                 Err(fatal) => (End::Cancelled, Outcome::Cancelled, Some(fatal)),
             },
@@ -382,9 +382,19 @@ impl Split {
         goes_on
     }
 
-    /// An `Exception` is a failure of its branch; another `BaseException` ends the whole run.
-    fn as_failure(py: Python<'_>, error: PyErr) -> Result<PyErr, PyErr> {
+    /// An `Exception` is a failure of its branch; another `BaseException` ends the whole run, as does the end of its budget.
+    fn as_failure(&self, py: Python<'_>, error: PyErr) -> Result<PyErr, PyErr> {
+        if error.is_instance_of::<WorkflowTimeoutError>(py) && self.is_of_this_run(py, &error) {
+            return Err(error);
+        }
         if error.is_instance_of::<PyException>(py) { Ok(error) } else { from_panic(py, error) }
+    }
+
+    /// Whether an exception says that it comes from this run, not from one that a branch started.
+    fn is_of_this_run(&self, py: Python<'_>, error: &PyErr) -> bool {
+        let context = error.value(py).getattr(intern!(py, "__cano__"));
+        let sequence = context.and_then(|context| context.getattr(intern!(py, "sequence"))?.extract::<u64>());
+        sequence.is_ok_and(|sequence| sequence == self.env.get().sequence)
     }
 
     /// The branches that have started and not ended.
