@@ -19,11 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 BRANCHES = 200
 
+LARGE = 2_000
+"""Again with so many: what a branch takes must not grow."""
+
 FEW, MANY = 1, 11
 
 KINDS = ["return at once", "sleep(0)", "await a future"]
 
-CONTENDERS = ["cano", "asyncio.gather"]
+OURS, GATHER = "cano", "asyncio.gather"
 
 
 def main() -> None:
@@ -31,21 +34,22 @@ def main() -> None:
     if not shutil.which("valgrind"):
         print("valgrind is not on PATH")
         return
-    print(f"{'instructions of a branch that':29}{CONTENDERS[0]:>10}{CONTENDERS[1]:>18}{'ratio':>9}")
+    print(f"{'instructions of a branch that':29}{OURS:>10}{GATHER:>18}{'ratio':>9}{f'{OURS}, of {LARGE:,}':>18}")
     for kind in KINDS:
-        ours, theirs = (per_branch(contender, kind) for contender in CONTENDERS)
-        print(f"{kind:29}{ours:10,.0f}{theirs:18,.0f}{theirs / ours:8.2f}x", flush=True)
+        ours, theirs = per_branch(OURS, kind, BRANCHES), per_branch(GATHER, kind, BRANCHES)
+        large = per_branch(OURS, kind, LARGE)
+        print(f"{kind:29}{ours:10,.0f}{theirs:18,.0f}{theirs / ours:8.2f}x{large:18,.0f}", flush=True)
 
 
-def per_branch(contender: str, kind: str) -> float:
-    few, many = (instructions(contender, kind, times) for times in (FEW, MANY))
-    return (many - few) / (MANY - FEW) / BRANCHES
+def per_branch(contender: str, kind: str, branches: int) -> float:
+    few, many = (instructions(contender, kind, branches, times) for times in (FEW, MANY))
+    return (many - few) / (MANY - FEW) / branches
 
 
-def instructions(contender: str, kind: str, times: int) -> int:
+def instructions(contender: str, kind: str, branches: int, times: int) -> int:
     """What the whole process takes for so many splits."""
     valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={os.devnull}"]
-    command = [*valgrind, sys.executable, __file__, contender, kind, str(times)]
+    command = [*valgrind, sys.executable, __file__, contender, kind, str(branches), str(times)]
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     collected = re.search(r"Collected : (\d+)", done.stderr)
@@ -54,21 +58,21 @@ def instructions(contender: str, kind: str, times: int) -> int:
     return int(collected[1])
 
 
-def count(contender: str, kind: str, times: int) -> None:
+def count(contender: str, kind: str, branches: int, times: int) -> None:
     """In the child: so many splits."""
     sys.path.insert(0, str(ROOT))
     import cano  # noqa: PLC0415
     from benches.branches import bodies, futures, gather, split  # noqa: PLC0415
 
-    these = bodies(kind, BRANCHES)
-    run = split(cano, these) if contender == "cano" else gather(these)
-    prepare, prepare_only = futures(BRANCHES), futures(BRANCHES, resolved=False)
+    these = bodies(kind, branches)
+    run = split(cano, these) if contender == OURS else gather(these)
+    prepare, prepare_only = futures(branches), futures(branches, resolved=False)
 
     async def repeat() -> None:
         for _ in range(times):
             if kind == "await a future":
                 prepare()
-            assert await run() == [1] * BRANCHES
+            assert await run() == [1] * branches
         for _ in range(MANY - times if kind == "await a future" else 0):
             prepare_only()
 
@@ -78,6 +82,6 @@ def count(contender: str, kind: str, times: int) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        count(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        count(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
         main()

@@ -26,6 +26,15 @@ pytestmark = [pytest.mark.benchmark(timer=thread_time), pytest.mark.timeout(60)]
 
 BRANCHES = 1_000
 
+
+def count_errors(joined):
+    return len(joined.errors)
+
+
+def count_ended(joined):
+    return joined.completed_count
+
+
 ENDINGS = {
     # title: the first branch, the others
     "first of 1,000 decides, 999 sleep": (sleeps, sleeps_for_long),
@@ -44,7 +53,7 @@ def test_first_decides(versus, title):
         "asyncio.TaskGroup": task_group_until_the_first(branches),
         "pure Python": split(pure_python, branches, strategy="Any"),
     }
-    prepare = futures(BRANCHES, resolved=False)
+    prepare = futures(BRANCHES, resolved=False) if others is awaits_its_future else None
     versus(title, contenders, returns=[1], per=BRANCHES, prepare=prepare)
 
 
@@ -60,16 +69,14 @@ def test_cancelled_from_outside(versus):
 
 
 @pytest.mark.parametrize("branches", [3, 1_000])
-def test_all_raise(versus, branches):
-    def count(joined):
-        return len(joined.errors)
-
+@pytest.mark.parametrize("read", [count_errors, count_ended])
+def test_all_raise(versus, branches, read):
+    """As for gather, the errors are looked at, which is when cano writes the notes on them; and again without that."""
     these = [raises] * branches
     contenders = {
-        "cano": split(cano, these, strategy="PartialResults", read=count),
+        "cano": split(cano, these, strategy="PartialResults", read=read),
         "gather(return_exceptions)": gather_exceptions(these),
-        "pure Python": split(pure_python, these, strategy="PartialResults", read=count),
+        "pure Python": split(pure_python, these, strategy="PartialResults", read=read),
     }
-    versus(
-        f"{branches:,} branches that raise", contenders, returns=branches, calls=max(1, 500 // branches), per=branches
-    )
+    title = f"{branches:,} branches that raise" + (", errors not read" if read is count_ended else "")
+    versus(title, contenders, returns=branches, calls=max(1, 500 // branches), per=branches)

@@ -1,4 +1,4 @@
-"""Random workflows, run by cano and by the plain-Python engine in benches/, leave the same trace.
+"""Random workflows leave the same trace in cano and in the plain-Python engine of benches/, and with both kinds of branches.
 
 A workflow is drawn as data: a chain of steps, each a task with its attempts, a split, or a fork into further chains. Both
 engines get the same tasks, which write down when they start and how they end, on a virtual clock. Compared are these
@@ -12,11 +12,13 @@ are still due at the same moment is not compared.
 import asyncio
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
+import anyio
 import pytest
 from hypothesis import HealthCheck, assume, event, given, settings, strategies as st
 
@@ -477,3 +479,155 @@ def test_same_trace_as_the_plain_engine(program: Program) -> None:
     ours, our_end, _ = observe(cano, program)
 
     assert (ours, our_end) == (trace, ended)
+
+
+# Branches that meddle with each other
+
+
+class Actor:
+    """A branch that does what its script says: to itself, to its siblings, and to futures they all share."""
+
+    def __init__(self, index: int, script: list[tuple[str, int]], stage: "Stage") -> None:
+        self.index = index
+        self.script = script
+        self.stage = stage
+        self.dice = random.Random(index)
+
+    def duration(self) -> float:
+        return self.dice.uniform(0.001, 0.05)
+
+    def note(self, *facts: object) -> None:
+        self.stage.notes[self.index].append((round(asyncio.get_running_loop().time() * MICROSECONDS), *facts))
+
+    async def run(self) -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        self.stage.tasks[self.index] = task
+        try:
+            await asyncio.sleep(self.duration())  # branches of ours start at once, asyncio's in the next pass
+            for action, number in self.script:
+                try:
+                    self.note(action, await getattr(self, action)(task, number), task.cancelling())
+                except TimeoutError:
+                    self.note(action, "timeout", task.cancelling())
+            await asyncio.sleep(0)
+        except BaseException as error:
+            self.note(type(error).__name__, error.args)
+            raise
+        return f"value {self.index}"
+
+    def sibling(self, number: int) -> "asyncio.Task[Any]":
+        return self.stage.tasks.get(number % len(self.stage.notes), self.stage.tasks[self.index])
+
+    def future(self, number: int) -> "asyncio.Future[int]":
+        return self.stage.futures[number % len(self.stage.futures)]
+
+    async def sleep(self, *_: object) -> None:
+        await asyncio.sleep(self.duration())
+
+    async def give_way(self, _: object, number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+
+    async def cancel(self, _: object, number: int) -> bool:
+        return self.sibling(number).cancel(f"by {self.index}")
+
+    async def uncancel(self, task: "asyncio.Task[Any]", _: int) -> int:
+        return task.uncancel()
+
+    async def swallow(self, *_: object) -> object:
+        try:
+            await asyncio.sleep(self.duration())
+        except asyncio.CancelledError as error:
+            return error.args
+        return None
+
+    async def resolve(self, _: object, number: int) -> None:
+        if not self.future(number).done():
+            self.future(number).set_result(self.index)
+
+    async def wait(self, _: object, number: int) -> int:
+        return await asyncio.wait_for(asyncio.shield(self.future(number)), self.duration())
+
+    async def time_out(self, *_: object) -> None:
+        async with asyncio.timeout(self.duration()):
+            await asyncio.sleep(self.duration())
+
+    async def gather(self, *_: object) -> tuple[int, int]:
+        return await asyncio.gather(asyncio.sleep(self.duration(), 1), asyncio.sleep(self.duration(), 2))
+
+    async def group(self, *_: object) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.sleep(self.duration()))
+            await asyncio.sleep(self.duration())
+
+    async def scope(self, *_: object) -> bool:
+        with anyio.move_on_after(self.duration()) as scope:
+            await asyncio.sleep(self.duration())
+        return scope.cancelled_caught
+
+    async def listen(self, _: object, number: int) -> None:
+        self.sibling(number).add_done_callback(lambda task: self.note("heard", task.cancelled()))
+
+    async def fail(self, *_: object) -> None:
+        raise Oops(self.index)
+
+
+_OTHER_METHODS = {"duration", "note", "run", "sibling", "future"}
+ACTIONS = [name for name in vars(Actor) if not name.startswith("_") and name not in _OTHER_METHODS]
+
+
+class Stage:
+    """What the actors of one split share."""
+
+    def __init__(self, scripts: list[list[tuple[str, int]]], *, bulkhead: int | None) -> None:
+        self.notes: list[list[tuple[Any, ...]]] = [[] for _ in scripts]
+        self.tasks: dict[int, asyncio.Task[Any]] = {}
+        self.actors = [Actor(index, script, self) for index, script in enumerate(scripts)]
+        self.bulkhead = bulkhead
+
+    async def play(self, cancel_at: float | None) -> tuple[Any, ...]:
+        self.futures = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        results: list[str] = []
+
+        def joined(result: cano.SplitResult) -> str:
+            results.append(f"{result} {result.values()}")
+            return "end"
+
+        join = cano.JoinConfig(cano.JoinStrategy.All, "joined", bulkhead=self.bulkhead)
+        workflow = cano.Workflow[str]().register_split("split", self.actors, join).register("joined", joined)
+        run = asyncio.create_task(workflow.add_exit_state("end").orchestrate("split"))
+        cancel = asyncio.get_running_loop().call_later(cancel_at or 1_000, run.cancel, "by the user")
+        await asyncio.wait([run])
+        cancel.cancel()
+        if not run.cancelled() and (error := run.exception()) is not None:
+            assert isinstance(error, cano.JoinError)
+            results.append(f"{error.result} {[(type(one), one.args[:1]) for one in error.exceptions]}")
+        return self.notes, results, run.cancelled(), asyncio.get_running_loop().time()
+
+
+@pytest.mark.timeout(600)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    scripts=st.lists(
+        st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3)), max_size=6), min_size=1, max_size=4
+    ),
+    bulkhead=st.sampled_from([None, None, 2]),
+    cancel_at=st.sampled_from([None, 0.0111, 0.0333, 0.0777]),
+)
+def test_native_branches_act_like_tasks_of_asyncio(
+    scripts: list[list[tuple[str, int]]], bulkhead: int | None, cancel_at: float | None
+) -> None:
+    """Whatever branches do to each other, the same comes of it with branches of ours and with tasks of asyncio."""
+
+    def observe(branches: Literal["native", "asyncio"]) -> tuple[Any, ...]:
+        cano.configure(branches=branches)
+        with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+            return runner.run(Stage(scripts, bulkhead=bulkhead).play(cancel_at))
+
+    try:
+        theirs = observe("asyncio")
+    finally:
+        ours = observe("native")
+
+    assert ours == theirs

@@ -2151,6 +2151,22 @@ async def test_branch_that_cancels_itself() -> None:
     assert shape(result) == ([1], [], [0])
 
 
+async def test_branch_that_returns_with_a_cancel_pending() -> None:
+    """A branch that is cancelled in its last step counts as cancelled, as any task of asyncio."""
+
+    async def run() -> str:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        return "value"
+
+    async def raises() -> None:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        raise Oops(1)
+
+    result = await join([run, raises, branch(2)], PARTIAL_TIMEOUT, timeout=FOREVER)
+
+    assert shape(result) == ([2], [1], [0])
+
+
 async def test_branch_that_cancels_its_sibling() -> None:
     """A branch that cancels a sibling's task ends that one only."""
     tasks: list[asyncio.Task[Any]] = []

@@ -42,6 +42,13 @@ pub(super) enum Status {
     Cancelled(Option<Py<PyAny>>),
 }
 
+/// Whether the branch is being added to a future's callbacks just now, and whether the future has called it meanwhile.
+pub(super) enum Adding {
+    Done,
+    Now,
+    CalledEarly,
+}
+
 /// What a branch owns.
 pub(super) struct Data {
     pub(super) split: Option<Py<Split>>,
@@ -50,6 +57,7 @@ pub(super) struct Data {
     pub(super) context: Py<PyAny>,
     /// The future that wakes it; None while it runs or is queued.
     pub(super) waiting_for: Option<Py<PyAny>>,
+    pub(super) adding: Adding,
     /// What the next step throws in: a future's or a protocol error.
     pub(super) pending_error: Option<PyErr>,
     /// A cancel that could not be passed on to a future.
@@ -157,6 +165,7 @@ pub(super) fn new<'py>(
         coroutine: Some(coroutine.unbind()),
         context: context.unbind(),
         waiting_for: None,
+        adding: Adding::Done,
         pending_error: None,
         must_cancel: false,
         message: None,
@@ -241,9 +250,24 @@ fn step_entered(branch: &Bound<'_, PyAny>, event_loop: &Bound<'_, PyAny>) -> PyR
         }
         came => {
             drop(coroutine);
-            settled(branch, came)
+            settled(branch, cancelled_at_the_end(kit, branch, came))
         }
     }
+}
+
+/// A coroutine that returns while it is asked to end was cancelled, as any task of asyncio's.
+fn cancelled_at_the_end<'py>(kit: &Kit, branch: &Bound<'py, PyAny>, came: Step<'py>) -> Step<'py> {
+    if !matches!(came, Step::Returned(_)) {
+        return came;
+    }
+    let message = {
+        let mut data = cell(kit, branch).borrow_mut();
+        if !mem::take(&mut data.must_cancel) {
+            return came;
+        }
+        data.message.take()
+    };
+    Step::Raised(cancelled_error(message))
 }
 
 /// The coroutine and what it is resumed with; None if the branch is done.
@@ -316,7 +340,13 @@ fn wait_for(
         return Err(PyRuntimeError::new_err(text));
     }
     future.setattr(flag, false)?;
-    let context = cell(kit, branch).borrow().context.clone_ref(py);
+    let kept = future.clone().unbind();
+    let context = {
+        let mut data = cell(kit, branch).borrow_mut();
+        data.waiting_for = Some(kept);
+        data.adding = Adding::Now;
+        data.context.clone_ref(py)
+    };
     // SAFETY: a method call with two positional arguments (the first is the object) and one keyword.
     let added = unsafe {
         let arguments = [future.as_ptr(), branch.as_ptr(), context.as_ptr()];
@@ -324,17 +354,31 @@ fn wait_for(
         let added = ffi::PyObject_VectorcallMethod(name, arguments.as_ptr(), 2, kit.context_keyword.as_ptr());
         Bound::from_owned_ptr_or_err(py, added)
     };
-    drop(added?);
-    let (cancel, message) = {
+    let (waits_for_nothing, cancel, message) = {
         let mut data = cell(kit, branch).borrow_mut();
-        data.waiting_for = Some(future.clone().unbind());
-        (data.must_cancel, data.message.as_ref().map(|message| message.clone_ref(py)))
+        let adding = mem::replace(&mut data.adding, Adding::Done);
+        let waited =
+            if matches!(adding, Adding::CalledEarly) || added.is_err() { data.waiting_for.take() } else { None };
+        let message = data.message.as_ref().map(|message| message.clone_ref(py));
+        (waited, data.must_cancel, message)
     };
+    drop(added?);
+    if waits_for_nothing.is_some() {
+        take_result(kit, branch, future);
+        queue(kit, branch);
+        return Ok(());
+    }
     if cancel && pass_cancel_on(future, message.as_ref())? {
-        let mut data = cell(kit, branch).borrow_mut();
-        data.must_cancel = false;
+        cell(kit, branch).borrow_mut().must_cancel = false;
     }
     Ok(())
+}
+
+/// A failed future's exception is thrown in, as a Task does: hand-written awaitables rely on it.
+fn take_result(kit: &Kit, branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) {
+    if let Err(error) = future.call_method0(intern!(branch.py(), "result")) {
+        cell(kit, branch).borrow_mut().pending_error = Some(error);
+    }
 }
 
 fn bad_yield(branch: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyErr {
@@ -461,14 +505,15 @@ pub(super) fn wake(branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) -> PyRe
         if !matches!(data.status, Status::Pending) || !data.waiting_for.as_ref().is_some_and(|own| own.is(future)) {
             return Ok(());
         }
+        if !matches!(data.adding, Adding::Done) {
+            data.adding = Adding::CalledEarly;
+            return Ok(());
+        }
         (data.waiting_for.take(), data.split.as_ref().map(|split| split.clone_ref(py)))
     };
     drop(waited);
     let Some(split) = split else { return Ok(()) };
-    // A failed future's exception is thrown in, as a Task does: hand-written awaitables rely on it.
-    if let Err(error) = future.call_method0(intern!(py, "result")) {
-        cell(kit, branch).borrow_mut().pending_error = Some(error);
-    }
+    take_result(kit, branch, future);
     let split = split.bind(py);
     let outcome = step_entered(branch, split.get().event_loop(py));
     Split::after_callback(split);

@@ -20,9 +20,15 @@ use super::branch::{KIT, Kit, Status, Tail, cancel, cancelled_error, cell, copy_
 use super::errors::{CancelledError, TaskExecutionError};
 use super::run::Step;
 
-/// Runs `body` for the interpreter: attached, with panics and errors turned into Python exceptions.
+/// Runs `body` for the interpreter, which has attached this thread, also when it is about to end.
+fn attached<R>(body: impl FnOnce(Python<'_>) -> R) -> R {
+    // SAFETY: slots and methods are called by a thread that is attached. Not `attach`: it refuses while the interpreter ends.
+    unsafe { Python::attach_unchecked(body) }
+}
+
+/// Runs `body` for the interpreter, with panics and errors turned into Python exceptions.
 fn guarded<T>(failed: T, body: impl FnOnce(Python<'_>) -> PyResult<T>) -> T {
-    Python::attach(|py| {
+    attached(|py| {
         let outcome = catch_unwind(AssertUnwindSafe(|| body(py))).unwrap_or_else(|_| {
             Err(TaskExecutionError::new_err("panic: in a branch (a bug in cano, please report it)"))
         });
@@ -232,15 +238,19 @@ methods! {
         let py = branch.py();
         let wanted = arguments.required(0, "fn")?;
         let callbacks = with(branch, |data| mem::take(&mut data.callbacks))?;
-        let before = callbacks.len();
-        let mut kept = Vec::new();
+        let (mut kept, mut removed, mut outcome) = (Vec::new(), 0_usize, Ok(()));
         for (callback, context) in callbacks {
-            if !callback.bind(py).eq(wanted)? {
-                kept.push((callback, context));
+            match outcome.as_ref().map_or(Ok(false), |()| callback.bind(py).eq(wanted)) {
+                Ok(true) => removed += 1,
+                Ok(false) => kept.push((callback, context)),
+                Err(error) => {
+                    kept.push((callback, context));
+                    outcome = Err(error);
+                }
             }
         }
-        let removed = before - kept.len();
         with(branch, |data| { kept.append(&mut data.callbacks); data.callbacks = kept; })?;
+        outcome?;
         Ok(removed.into_pyobject(py)?.into_any())
     };
     get_loop = c"get_loop" => |branch, _| loop_of(branch);
@@ -451,7 +461,8 @@ unsafe extern "C" fn await_(branch: Object) -> Object {
 }
 
 unsafe extern "C" fn traverse(branch: Object, visit: ffi::visitproc, arg: *mut c_void) -> c_int {
-    let Some(kit) = Python::attach(|py| KIT.get(py).map(ptr::from_ref)) else { return 0 };
+    // SAFETY: the collector's thread is attached; nothing but the cell is looked at.
+    let Some(kit) = KIT.get(unsafe { Python::assume_attached() }).map(ptr::from_ref) else { return 0 };
     // SAFETY: `kit` lives as long as the process; the base's part of the object is the base's to visit; the tail was written
     // by `new`, or is still zeroed if the collector runs inside the allocation, which `vectorcall` tells.
     unsafe {
@@ -527,7 +538,7 @@ unsafe extern "C" fn clear(branch: Object) -> c_int {
 }
 
 unsafe extern "C" fn dealloc(branch: Object) {
-    Python::attach(|py| {
+    attached(|py| {
         let Some(kit) = KIT.get(py) else { return };
         // SAFETY: the last reference is gone. The tail is dropped once, before the base frees the object; a base that is a
         // static type (before 3.12) does not release its instances' heap type.

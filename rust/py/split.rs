@@ -63,8 +63,9 @@ struct State {
     deadline_timer: Option<Py<PyAny>>,
     /// Native branches that want another turn, oldest first.
     queued: Vec<Py<PyAny>>,
-    /// Whether a handle on the loop will step them.
-    turn_is_scheduled: bool,
+    /// Those that handles on the loop will step, one handle for each batch: a branch that lets others run first does so
+    /// for all that was scheduled before, as a task does.
+    batches: VecDeque<Vec<Py<PyAny>>>,
     /// Whether the parent is gone.
     is_abandoned: bool,
     /// Whether branches are being started further up the stack.
@@ -163,7 +164,7 @@ impl Split {
                     deadlines: VecDeque::new(),
                     deadline_timer: None,
                     queued: Vec::new(),
-                    turn_is_scheduled: false,
+                    batches: VecDeque::new(),
                     is_abandoned: false,
                     is_starting: false,
                     last_end: None,
@@ -462,7 +463,7 @@ impl Split {
         let (py, this) = (slf.py(), slf.get());
         let (is_over, all_are_queued) = this.state.with(py, |state| {
             let queued = state.queued.len();
-            (Self::is_over(state), queued > 0 && queued == state.alive && !state.turn_is_scheduled)
+            (Self::is_over(state), queued > 0 && queued == state.alive && state.batches.is_empty())
         });
         if all_are_queued {
             return Ok(Poll::Turn);
@@ -500,8 +501,7 @@ impl Split {
     /// The parent was resumed: steps the branches that wait for it to be.
     pub(super) fn resumed(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        let waits = this.state.with(py, |state| !state.queued.is_empty() && !state.turn_is_scheduled);
-        if !waits {
+        if this.state.with(py, |state| state.queued.is_empty()) {
             return Ok(());
         }
         let parent = Asyncio::of(py)?.host(py)?;
@@ -512,10 +512,15 @@ impl Split {
     /// Steps every branch that is queued now. An error is one that ends the loop as well.
     fn step_queued(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, this) = (slf.py(), slf.get());
-        let event_loop = this.event_loop(py);
-        let mut batch = this.state.with(py, |state| std::mem::take(&mut state.queued)).into_iter();
+        let batch = this.state.with(py, |state| std::mem::take(&mut state.queued));
+        Self::step_batch(slf, batch)
+    }
+
+    fn step_batch(slf: &Bound<'_, Self>, batch: Vec<Py<PyAny>>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let mut batch = batch.into_iter();
         while let Some(next) = batch.next() {
-            if let Err(error) = branch::step_in_context(next.bind(py), event_loop) {
+            if let Err(error) = branch::step_in_context(next.bind(py), this.event_loop(py)) {
                 this.state.with(py, |state| state.queued.splice(0..0, batch).for_each(drop));
                 return Err(error);
             }
@@ -533,9 +538,11 @@ impl Split {
     pub(super) fn after_callback(slf: &Bound<'_, Self>) {
         let (py, this) = (slf.py(), slf.get());
         let wanted = this.state.with(py, |state| {
-            let wanted =
-                (state.waiter.is_some() || state.is_abandoned) && !state.queued.is_empty() && !state.turn_is_scheduled;
-            state.turn_is_scheduled |= wanted;
+            let wanted = (state.waiter.is_some() || state.is_abandoned) && !state.queued.is_empty();
+            if wanted {
+                let batch = std::mem::take(&mut state.queued);
+                state.batches.push_back(batch);
+            }
             wanted
         });
         if !wanted {
@@ -545,7 +552,10 @@ impl Split {
             .getattr(intern!(py, "_turn"))
             .and_then(|turn| this.event_loop(py).call_method1(intern!(py, "call_soon"), (turn,)));
         if let Err(error) = scheduled {
-            this.state.with(py, |state| state.turn_is_scheduled = false);
+            this.state.with(py, |state| {
+                let batch = state.batches.pop_back().unwrap_or_default();
+                state.queued = batch;
+            });
             error.write_unraisable(py, Some(slf));
         }
     }
@@ -643,8 +653,8 @@ impl Split {
 
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
-        slf.get().state.with(slf.py(), |state| state.turn_is_scheduled = false);
-        let outcome = Self::step_queued(slf);
+        let batch = slf.get().state.with(slf.py(), |state| state.batches.pop_front());
+        let outcome = Self::step_batch(slf, batch.unwrap_or_default());
         Self::after_callback(slf);
         outcome
     }
@@ -662,7 +672,7 @@ impl Split {
                 visit.call(&state.waiter)?;
                 visit.call(&state.timer)?;
                 visit.call(&state.deadline_timer)?;
-                for branch in &state.queued {
+                for branch in state.batches.iter().flatten().chain(&state.queued) {
                     visit.call(branch)?;
                 }
                 for (_, run) in &state.deadlines {
