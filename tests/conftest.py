@@ -48,7 +48,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "virtual: needs the virtual clock; skipped on other loops")
     config.addinivalue_line("markers", "realtime: needs real time or real sockets; never runs on the virtual clock")
-    cano.configure(branches=config.getoption("--branches"))
     if config.getoption("--loop") == "debug":
         config.option.asyncio_debug = True  # for the loops of pytest-asyncio
         patch = pytest.MonkeyPatch()
@@ -82,6 +81,10 @@ def pytest_asyncio_loop_factories(
         return loop
 
     return {kind: factory}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    cano.configure(branches=item.config.getoption("--branches"))  # whatever the test before has chosen
 
 
 @pytest.hookimpl(wrapper=True)

@@ -104,7 +104,7 @@ async def test_httpx_losers() -> None:
     ):
 
         async def slow() -> str:
-            return (await client.get("/slow", timeout=None)).text  # noqa: S113 - it is cancelled
+            return (await client.get("/slow", timeout=None)).text
 
         async def quick() -> str:
             return (await client.get("/quick")).text

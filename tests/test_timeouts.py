@@ -450,6 +450,72 @@ async def test_run_with_plain_branches_has_one_timer() -> None:
     assert seen == [1]
 
 
+class Limited(Task[S]):
+    """A branch that waits for a future, with a limit of its own."""
+
+    def __init__(self, limit: float, future: "asyncio.Future[None] | None" = None) -> None:
+        self.config = limited(limit)
+        self.future = future or asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        await self.future
+
+
+@pytest.mark.virtual
+async def test_limited_branches_share_a_timer() -> None:
+    """The limits of all branches of a split need one timer, beside that of the split and that of the run."""
+    seen: list[int] = []
+
+    async def ends() -> None:
+        await asyncio.sleep(0)
+        seen.append(len(pending()))
+
+    workflow = Workflow[S]().add_exit_state(S.END)
+    branches = [Limited(5 + index % 7) for index in range(50)]
+    workflow.register_split(S.START, [*branches, ends], JoinConfig(JoinStrategy.Any, S.END, timeout=20))
+
+    await workflow.orchestrate(S.START, timeout=30)
+
+    assert seen == [3]
+    assert pending() == []
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("bulkhead", [None, 1, 2])
+async def test_limits_of_branches(bulkhead: int | None) -> None:
+    """Each branch is stopped at its own limit, whatever the limits of the others, and whenever it started."""
+    results: list[SplitResult] = []
+    limits = [3, 1, 2, 1, 4, 0.5]
+    join = JoinConfig(JoinStrategy.PartialTimeout, S.NEXT, timeout=FOREVER, bulkhead=bulkhead)
+
+    def joined(result: SplitResult) -> S:
+        results.append(result)
+        return S.END
+
+    workflow = Workflow[S]().register(S.NEXT, joined).add_exit_state(S.END)
+    workflow.register_split(S.START, [Limited(limit) for limit in limits], join)
+
+    await workflow.orchestrate(S.START)
+
+    assert [one.elapsed for one in results[0].errors] == limits
+    assert now() == {None: 4, 1: sum(limits), 2: 6}[bulkhead]
+
+
+@pytest.mark.virtual
+async def test_limit_of_a_branch_after_one_that_ended() -> None:
+    """The limit of a branch holds although the one that a timer was armed for has ended."""
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_later(0.5, future.set_result, None)
+    workflow = Workflow[S]().add_exit_state(S.END)
+    workflow.register_split(S.START, [Limited(1, future), Limited(3), Limited(2)], JoinConfig(JoinStrategy.All, S.END))
+
+    with pytest.raises(JoinError) as caught:
+        await workflow.orchestrate(S.START)
+
+    assert caught.value.result is not None
+    assert [one.elapsed for one in caught.value.result.errors] == [3, 2]
+
+
 ENDINGS: dict[str, tuple[Any, TaskConfig | None, dict[str, Any]]] = {
     "success": (lambda: sleeping(STEP), limited(FOREVER), {"timeout": FOREVER}),
     "failure": (lambda: failing, limited(FOREVER), {"timeout": FOREVER}),

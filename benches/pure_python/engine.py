@@ -53,34 +53,59 @@ class _BudgetSpent(BaseException):
     """The budget of a run was found spent before a state or an attempt."""
 
 
+class _Budget:
+    """When a run has to be over.
+
+    Its timer cancels the task once, may do so a little early, and the task may swallow that: the deadline is then moved into
+    the past, so that whoever looks at it next notices.
+    """
+
+    __slots__ = ("deadline", "started", "time", "timer")
+
+    def __init__(self, limit: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.time = loop.time
+        self.started = loop.time()
+        self.deadline = self.started + limit
+        self.timer = loop.call_at(self.deadline, self.expire)
+
+    def expire(self) -> None:
+        self.deadline = -math.inf
+
+    def is_spent(self) -> bool:
+        return self.time() >= self.deadline
+
+
 class _Run:
     """What one run, or one branch that is a run of states, keeps."""
 
-    __slots__ = ("branch", "deadline", "entered", "number", "path", "result", "scope", "time")
+    __slots__ = ("branch", "budget", "entered", "host", "number", "path", "result")
 
-    def __init__(self, number: int, scope: asyncio.Timeout | None) -> None:
+    def __init__(self, number: int, budget: _Budget | None) -> None:
         self.number = number
-        self.scope = scope
-        self.deadline = math.inf if scope is None else cast("float", scope.when())
-        self.time = asyncio.get_running_loop().time
+        self.budget = budget
         self.path: deque[Hashable] = deque(maxlen=_PATH_KEPT)
         self.entered = 0
         self.branch: int | None = None
         self.result: SplitResult | None = None
+        self.host: asyncio.Task[Any] | None = None
 
     def fork(self, branch: int) -> "_Run":
         """A run for the states of a branch, with a path of its own."""
-        run = _Run(self.number, self.scope)
+        run = _Run(self.number, self.budget)
         run.branch = branch
         return run
 
     def is_spent(self) -> bool:
-        """Whether the budget is; its timer may fire a little early, and on a task that swallows the cancellation."""
-        return self.scope is not None and (self.time() >= self.deadline or self.scope.expired())
+        return self.budget is not None and self.budget.is_spent()
 
-    def check_budget(self) -> None:
-        if self.is_spent():
-            raise _BudgetSpent
+    def task(self, branch: int | None) -> Any:
+        """The asyncio task that drives the run, or the branch; found once, since `asyncio.current_task` is slow."""
+        if branch is not None:
+            return asyncio.current_task()
+        if self.host is None:
+            self.host = asyncio.current_task()
+        return self.host
 
     def note(self, error: E, task: str | None, branch: int | None = None, attempt: int = 1, attempts: int = 1) -> E:
         """Write on the exception where it left a task, unless a run nested in this one has."""
@@ -189,9 +214,9 @@ class Workflow(Generic[S]):
         limit = self._limit if timeout is None else seconds("timeout", timeout)
         if limit is None:
             return cast("S", await _drive(table, _Run(next(_numbers), None), initial))
-        started = asyncio.get_running_loop().time()
-        scope = asyncio.timeout_at(started + limit)
-        run = _Run(next(_numbers), scope)
+        budget = _Budget(limit)
+        run = _Run(next(_numbers), budget)
+        scope = asyncio.timeout_at(budget.deadline)
         try:
             async with scope:
                 return cast("S", await _drive(table, run, initial))
@@ -200,7 +225,9 @@ class Workflow(Generic[S]):
         except TimeoutError as error:
             if not _has_fired(scope, error):
                 raise
-        elapsed = max(limit, run.time() - started)  # the loop fires a timer up to a tick of its clock early
+        finally:
+            budget.timer.cancel()
+        elapsed = max(limit, budget.time() - budget.started)
         text = f"the run took {elapsed:.3f} s of its budget of {limit} s"
         raise run.note(WorkflowTimeoutError(text, elapsed, limit), None, attempt=0)
 
@@ -257,13 +284,13 @@ async def _drive(table: Table, run: _Run, state: Any) -> Any:  # noqa: C901 - no
     It yields to the loop once per 1,024 transitions, suspended or not: a suspension is not seen from here.
     """
     entry, entered = table[state], 0
-    enter, scope, deadline, time = run.path.append, run.scope, run.deadline, run.time
+    enter, budget = run.path.append, run.budget
     try:
         for first in itertools.count(1, _IMMEDIATE_TRANSITIONS):
             for entered in range(first, first + _IMMEDIATE_TRANSITIONS):
                 enter(state)
                 if not entry.is_step:
-                    if scope is not None and (time() >= deadline or scope.expired()):
+                    if budget is not None and budget.time() >= budget.deadline:
                         raise _BudgetSpent  # noqa: TRY301 - the handler only writes down where it was
                     value = entry.call()
                     if entry.is_async:
@@ -340,16 +367,18 @@ def _task_step(task: _Task) -> Step:
     async def step(run: _Run, branch: int | None) -> Any:
         arguments = () if wants is None else (run.result if wants else None,)
         run.result = None
-        host = cast("asyncio.Task[Any]", asyncio.current_task())
-        attempt = 1
+        host = run.task(branch) if attempts > 1 else None
+        attempt, cancelling = 1, 0
         while True:
-            run.check_budget()
-            cancelling = host.cancelling()
+            if run.is_spent():
+                raise _BudgetSpent
+            if host is not None:
+                cancelling = host.cancelling()
             try:
                 return await attempt_once(*arguments)
             except Exception as error:
                 # An attempt that was told to stop is the last one, whatever it made of the cancellation.
-                was_cancelled = host.cancelling() > cancelling and not run.is_spent()
+                was_cancelled = host is not None and host.cancelling() > cancelling and not run.is_spent()
                 is_retryable = config.is_retryable(error) and not was_cancelled
                 if not is_retryable or attempt == attempts:
                     run.note(error, name, branch, attempt, attempts)
@@ -358,7 +387,8 @@ def _task_step(task: _Task) -> Step:
                     text = f"task {name} failed in each of {attempts} attempts"
                     raise run.note(RetryExhaustedError(text, attempts), name, branch, attempt, attempts) from error
                 delay = config.retry.delay(attempt, error)
-            run.check_budget()
+            if run.is_spent():
+                raise _BudgetSpent
             await asyncio.sleep(delay)
             attempt += 1
 
@@ -397,7 +427,8 @@ def _split_step(tasks: list[_Task] | Callable[[], Any], join: JoinConfig[Any]) -
     known = None if callable(tasks) else _plan(tasks)
 
     async def step(run: _Run, _branch: int | None) -> Any:
-        run.check_budget()
+        if run.is_spent():
+            raise _BudgetSpent
         run.result, plan = None, known
         if callable(tasks):
             given = tasks()
