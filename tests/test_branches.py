@@ -305,6 +305,38 @@ async def test_nothing_of_the_base_is_reached() -> None:
     assert inherited - set(vars(type(task))) - harmless == set()
 
 
+@pytest.mark.parametrize("kind", ["Task", "Future"])
+def test_methods_of_the_base_do_not_crash(kind: str) -> None:
+    """The base's own methods, called past a branch's, may answer nonsense or raise; the process lives."""
+    done = in_process(
+        PRELUDE
+        + textwrap.dedent(f"""
+        async def run():
+            task = asyncio.current_task()
+            for name, method in vars(asyncio.{kind}).items():
+                if name in ("__new__", "__init__", "__getattribute__", "__class_getitem__"):
+                    continue
+                for arguments in ((), (1,), (print,)):
+                    try:
+                        method(task, *arguments) if callable(method) else method.__get__(task)
+                    except BaseException:
+                        pass
+            gc.collect()
+        async def main():
+            try:
+                await into(run, run).orchestrate("split")
+            except BaseException:
+                pass
+            gc.collect()
+        asyncio.run(main())
+        print("alive")
+        """)
+    )
+
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.splitlines()[-1] == "alive"
+
+
 @pytest.mark.usefixtures("native")
 async def test_branches_are_made_by_splits_alone() -> None:
     """Nobody can make, derive from or copy a branch."""

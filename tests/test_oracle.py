@@ -14,7 +14,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -29,8 +29,7 @@ from cano.testing import VirtualClockLoop
 
 EXAMPLES = int(os.environ.get("CANO_ORACLE_EXAMPLES", "200"))
 
-_SIEVE = [number for number in range(2, 2_000) if all(number % divisor for divisor in range(2, int(number**0.5) + 1))]
-PRIMES = [prime for prime in _SIEVE if prime < 1_000]
+PRIMES = [number for number in range(2, 1_000) if all(number % divisor for divisor in range(2, int(number**0.5) + 1))]
 MICROSECONDS = 1_000_000
 
 
@@ -105,7 +104,6 @@ class Program:
     chain: Chain
     timeout: float | None = None
     cancel_at: float | None = None
-    durations: int = field(default=0, repr=False)
 
 
 # Drawing it
@@ -215,7 +213,7 @@ class Drawer:
 def programs(draw: st.DrawFn) -> Program:
     drawer = Drawer(draw)
     chain = drawer.chain()
-    return Program(chain, drawer.optional_seconds(400), drawer.optional_seconds(400), drawer.durations)
+    return Program(chain, drawer.optional_seconds(400), drawer.optional_seconds(400))
 
 
 # Running it

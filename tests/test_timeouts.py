@@ -498,7 +498,7 @@ async def test_limits_of_branches(bulkhead: int | None) -> None:
     await workflow.orchestrate(S.START)
 
     assert [one.elapsed for one in results[0].errors] == limits
-    assert now() == {None: 4, 1: sum(limits), 2: 6}[bulkhead]
+    assert now() == {None: 4, 1: sum(limits), 2: 7}[bulkhead]
 
 
 @pytest.mark.virtual

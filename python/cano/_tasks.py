@@ -346,6 +346,21 @@ def await_branch(branch: Any) -> Generator[Any, None, Any]:
     return branch.result()
 
 
+def scratch_task(
+    base: type[asyncio.Task[None]],
+) -> tuple[asyncio.Task[None], Coroutine[Any, Any, None], contextvars.Context]:
+    """A task on no loop that never runs, with its coroutine and its context, for whoever looks how a task is laid out."""
+
+    async def nothing() -> None: ...
+
+    loop: Any = types.SimpleNamespace(get_debug=lambda: False, call_soon=lambda *_, **__: None)
+    coroutine, context = nothing(), contextvars.copy_context()
+    task = base(coroutine, loop=loop, context=context)
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine.close()
+    return task, coroutine, context
+
+
 # --- work that would block the loop ----------------------------------------------------------------------------------
 
 

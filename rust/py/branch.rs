@@ -5,7 +5,7 @@
 //! done-callback of whatever future its coroutine waits for. Nothing is scheduled to start it and nothing to report its end.
 //!
 //! The type derives from `asyncio.Task`, so that `isinstance` says what it is, but the base is never initialised: its part of
-//! the object stays zeroed and every public method, `__repr__` and the private names that libraries read are overridden. Our
+//! the object stays zeroed (but for two references that it would hand out without looking) and every public method, `__repr__` and the private names that libraries read are overridden. Our
 //! own data stands behind the base's size, which is read when the type is made.
 //!
 //! States. pending (its coroutine is suspended: waits for `waiting_for`, or is queued for a turn) -> done (value, exception
@@ -88,6 +88,8 @@ pub(super) struct Kit {
     pub(super) base: *mut ffi::PyTypeObject,
     /// Where `Tail` stands in the object.
     pub(super) offset: usize,
+    /// Where the base keeps its coroutine and its context, which it hands out unseen: None stands there, not null.
+    pub(super) base_references: [usize; 2],
     pub(super) enter: Py<PyAny>,
     pub(super) leave: Py<PyAny>,
     pub(super) context_keyword: Py<PyTuple>,
@@ -177,13 +179,16 @@ pub(super) fn new<'py>(
         task_name,
         name: None,
     };
-    // SAFETY: `tp_alloc` of a GC type gives a zeroed, tracked object of `basicsize`, which reserves `Tail` at `offset`. No
+    // SAFETY: `tp_alloc` of a GC type gives a zeroed, tracked object of `basicsize`, which reserves `Tail` at `offset`; `base_references` are fields of the base that hold a reference or null. No
     // Python runs between the allocation and the write (the collector may only run inside the allocation).
     unsafe {
         let class = kit.class.as_ptr().cast::<ffi::PyTypeObject>();
         let object = ffi::PyType_GenericAlloc(class, 0);
         if object.is_null() {
             return Err(PyErr::fetch(py));
+        }
+        for offset in kit.base_references {
+            object.byte_add(offset).cast::<*mut ffi::PyObject>().write(py.None().into_ptr());
         }
         let tail = object.byte_add(kit.offset).cast::<Tail>();
         tail.write(Tail { vectorcall: woken, cell: RefCell::new(data) });

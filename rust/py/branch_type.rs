@@ -553,6 +553,9 @@ unsafe extern "C" fn dealloc(branch: Object) {
             let used =
                 |offset: ffi::Py_ssize_t| offset != 0 && !(*branch.byte_offset(offset).cast::<Object>()).is_null();
             if !used((*class).tp_weaklistoffset) && !used((*class).tp_dictoffset) {
+                for offset in kit.base_references {
+                    ffi::Py_XDECREF(branch.byte_add(offset).cast::<Object>().read());
+                }
                 ffi::PyObject_GC_Del(branch.cast());
                 ffi::Py_DECREF(class.cast());
                 return;
@@ -592,10 +595,25 @@ impl Kit {
             class,
             base: base_type,
             offset,
+            base_references: Self::base_references(py, &base, base_size)?,
             enter: tasks.getattr("_enter_task")?.unbind(),
             leave: tasks.getattr("_leave_task")?.unbind(),
             context_keyword: PyTuple::new(py, ["context"])?.unbind(),
         })
+    }
+
+    /// Looks for the coroutine and the context of a real task in its memory, since no header names their places.
+    fn base_references(py: Python<'_>, base: &Bound<'_, PyType>, base_size: usize) -> PyResult<[usize; 2]> {
+        let scratch = py.import("cano._tasks")?.getattr("scratch_task")?.call1((base,))?;
+        let (task, coroutine, context): (Bound<'_, PyAny>, Bound<'_, PyAny>, Bound<'_, PyAny>) = scratch.extract()?;
+        let place = |wanted: &Bound<'_, PyAny>| {
+            (size_of::<ffi::PyObject>()..base_size)
+                .step_by(size_of::<usize>())
+                // SAFETY: whole words inside an object of `base_size` bytes.
+                .find(|offset| unsafe { task.as_ptr().byte_add(*offset).cast::<Object>().read() } == wanted.as_ptr())
+                .ok_or_else(|| PyImportError::new_err("asyncio.Task does not look as expected"))
+        };
+        Ok([place(&coroutine)?, place(&context)?])
     }
 
     fn class(py: Python<'_>, base: &Bound<'_, PyType>, offset: usize, size: c_int) -> PyResult<Py<PyType>> {
