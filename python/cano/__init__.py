@@ -5,13 +5,21 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 """
 
 from ._config import Seconds, TaskConfig, configure
-from ._core import BranchOutcome, JoinStrategy, MemoryStore, RetryMode, RunContext, SplitResult, __version__
+from ._core import (
+    BranchOutcome,
+    ErrorContext,
+    JoinStrategy,
+    MemoryStore,
+    RetryMode,
+    RunContext,
+    SplitResult,
+    __version__,
+)
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
     ConfigurationError,
     DuplicateResourceError,
-    ErrorContext,
     InvalidTransitionError,
     JoinError,
     JoinTimeoutError,

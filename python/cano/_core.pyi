@@ -4,12 +4,12 @@ from typing import Any, ClassVar, Final, TypeVar, final, overload
 from typing_extensions import disjoint_base
 
 from ._config import Seconds
-from ._errors import ErrorContext
 from ._join import JoinConfig
 from ._resources import Resources
 
 __all__ = [
     "BranchOutcome",
+    "ErrorContext",
     "Factory",
     "JoinStrategy",
     "MemoryStore",
@@ -176,6 +176,56 @@ class BranchOutcome:
     def error(self) -> Exception | None: ...
     @property
     def elapsed(self) -> float: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class ErrorContext:
+    """Where a run was when an exception left a task.
+
+    Attributes:
+        state: The state whose task failed; None when the run failed outside a state.
+        task: Name of the task; None when no task was running.
+        attempt: 1-based number of the attempt that failed; 0 when no attempt had finished (a whole-run timeout).
+        max_attempts: How many attempts the task's configuration allows.
+        path: The states entered so far, oldest first, the failing state last; at most the newest 256.
+        entered: How many states were entered in all; more than ``len(path)`` in a long run.
+        workflow_id: The id given to the run, or None.
+        branch: Index of the split branch that failed, in registration order; None outside a split.
+        sequence: Which run of this process it was. Runs are numbered as they start.
+    """
+
+    def __new__(
+        cls,
+        state: Hashable | None,
+        task: str | None,
+        attempt: int,
+        max_attempts: int,
+        path: tuple[Hashable, ...],
+        entered: int,
+        workflow_id: str | None,
+        branch: int | None,
+        sequence: int,
+    ) -> ErrorContext: ...
+    @property
+    def state(self) -> Hashable | None: ...
+    @property
+    def task(self) -> str | None: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def max_attempts(self) -> int: ...
+    @property
+    def path(self) -> tuple[Hashable, ...]: ...
+    @property
+    def entered(self) -> int: ...
+    @property
+    def workflow_id(self) -> str | None: ...
+    @property
+    def branch(self) -> int | None: ...
+    @property
+    def sequence(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
     def __reduce__(self) -> tuple[object, ...]: ...
 
 @final
@@ -395,7 +445,7 @@ class Run:
     @property
     def deadline(self) -> float | None: ...
     def timed_out(self) -> BaseException: ...
-    def context(self) -> ErrorContext: ...
+    def annotate(self, error: BaseException) -> None: ...
     @property
     def cr_await(self) -> Any: ...
     @property

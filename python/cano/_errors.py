@@ -30,16 +30,15 @@ An exception that a task raises is never wrapped: it leaves the run as the same 
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from . import _core
+from ._core import ErrorContext
 
 if TYPE_CHECKING:
     from ._config import Seconds
     from ._core import SplitResult
 
-_PATH_SHOWN = 16
 _TEXT_LIMIT = 80
 
 
@@ -72,67 +71,6 @@ def check_text(what: str, text: str, limit: int) -> None:
     size = len(text.encode())
     if not 0 < size <= limit:
         raise ConfigurationError(f"{what} must have 1 to {limit} bytes, got {size}: {show(text)}")
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorContext:
-    """Where a run was when an exception left a task.
-
-    Attributes:
-        state: The state whose task failed; None when the run failed outside a state.
-        task: Name of the task; None when no task was running.
-        attempt: 1-based number of the attempt that failed; 0 when no attempt had finished (a whole-run timeout).
-        max_attempts: How many attempts the task's configuration allows.
-        path: The states entered so far, oldest first, the failing state last; at most the newest 256.
-        entered: How many states were entered in all; more than ``len(path)`` in a long run.
-        workflow_id: The id given to the run, or None.
-        branch: Index of the split branch that failed, in registration order; None outside a split.
-        sequence: Which run of this process it was. Runs are numbered as they start.
-    """
-
-    state: Hashable | None
-    task: str | None
-    attempt: int
-    max_attempts: int
-    path: tuple[Hashable, ...]
-    entered: int
-    workflow_id: str | None
-    branch: int | None
-    sequence: int
-
-    def __str__(self) -> str:
-        parts: list[str] = []
-        if self.workflow_id is not None:
-            parts.append(f"workflow_id={show(self.workflow_id)}")
-        if self.state is not None:
-            parts.append(f"state={label(self.state)}")
-        if self.task is not None:
-            parts.append(f"task={self.task}")
-        if self.branch is not None:
-            parts.append(f"branch={self.branch}")
-        parts.append(f"attempt={self.attempt}/{self.max_attempts}")
-        newest = [label(state) for state in self.path[-_PATH_SHOWN:]]
-        if self.entered > len(newest):
-            newest.insert(0, f"({self.entered - len(newest)} more)")
-        parts.append("path=" + ">".join(newest))
-        return " ".join(parts)
-
-
-def annotate(error: BaseException, context: ErrorContext) -> None:
-    """Give the exception its note and ``__cano__``, unless a run nested in this one already did.
-
-    An exception object that is raised again in a later run (a module-level singleton) gets the new run's context.
-    """
-    known: ErrorContext | None = getattr(error, "__cano__", None)
-    if known is not None and known.sequence >= context.sequence:
-        return
-    try:
-        if known is not None:
-            error.__notes__ = [note for note in error.__notes__ if note != str(known)]
-        error.add_note(str(context))
-        error.__cano__ = context  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001, S110 - a class that refuses attributes keeps its exception unchanged
-        pass
 
 
 class CanoError(Exception):

@@ -9,7 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from . import _core
 from ._config import Seconds, TaskConfig
-from ._errors import ConfigurationError, WorkflowCancelledError, WorkflowError, annotate, check_text, label, show
+from ._errors import ConfigurationError, WorkflowCancelledError, WorkflowError, check_text, label, show
 from ._join import JoinConfig
 from ._resources import Resources
 from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepare_factory, states_of
@@ -420,7 +420,7 @@ class Run(Generic[S]):
     def _cancelled_error(self) -> WorkflowCancelledError:
         text = "the run was cancelled" + (f": {show(self._reason)}" if self._reason else "")
         error = WorkflowCancelledError(text, self._reason)
-        annotate(error, self._run.context())
+        self._run.annotate(error)
         return error
 
     def __repr__(self) -> str:

@@ -170,56 +170,6 @@ pub(super) struct Scope {
     pub(super) entered: u64,
 }
 
-/// Which attempt of which task failed, for the note on its exception.
-pub(super) struct Failure<'a> {
-    pub(super) state: usize,
-    pub(super) task: Option<&'a Py<PyString>>,
-    pub(super) attempt: u32,
-    pub(super) max_attempts: u32,
-    pub(super) branch: Option<usize>,
-}
-
-impl Failure<'_> {
-    pub(super) fn context<'py>(
-        &self,
-        py: Python<'py>,
-        env: &Env,
-        path: impl ExactSizeIterator<Item = u32>,
-        entered: u64,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        errors::context(
-            py,
-            (
-                env.state(py, self.state),
-                self.task,
-                self.attempt,
-                self.max_attempts,
-                env.path(py, path)?,
-                entered,
-                env.workflow_id.as_ref(),
-                self.branch,
-                env.sequence,
-            ),
-        )
-    }
-
-    /// Annotates the exception and hands it back.
-    pub(super) fn annotate(
-        &self,
-        py: Python<'_>,
-        env: &Env,
-        path: impl ExactSizeIterator<Item = u32>,
-        entered: u64,
-        error: PyErr,
-    ) -> PyErr {
-        match self.context(py, env, path, entered) {
-            Ok(context) => errors::annotate(&error, &context),
-            Err(problem) => problem.write_unraisable(py, None),
-        }
-        error
-    }
-}
-
 /// Where a task is: its run, state, attempt, visit and branch.
 #[pyclass(frozen, module = "cano")]
 pub(super) struct RunContext {

@@ -41,6 +41,12 @@ pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
     helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
 }
 
+/// The name of a state in messages and keys.
+pub(super) fn label(state: &Bound<'_, PyAny>) -> PyResult<String> {
+    static LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(state.py(), &LABEL, "label")?.call1((state,))?.extract()
+}
+
 /// The name of a state that nobody has checked, as it may stand in a message.
 pub(super) fn shown_label(state: &Bound<'_, PyAny>) -> PyResult<String> {
     static SHOWN_LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
@@ -68,22 +74,6 @@ pub(super) fn join_error(
     match made {
         Ok(error) => PyErr::from_value(error),
         Err(error) => error,
-    }
-}
-
-/// An `ErrorContext` from its fields, in the order of the Python class.
-pub(super) fn context<'py>(py: Python<'py>, fields: impl pyo3::call::PyCallArgs<'py>) -> PyResult<Bound<'py, PyAny>> {
-    static CONTEXT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    helper(py, &CONTEXT, "ErrorContext")?.call1(fields)
-}
-
-/// Puts the note and `__cano__` on an exception; one that cannot be annotated stays as it is.
-pub(super) fn annotate(error: &PyErr, context: &Bound<'_, PyAny>) {
-    static ANNOTATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let py = context.py();
-    let told = helper(py, &ANNOTATE, "annotate").and_then(|annotate| annotate.call1((error.value(py), context)));
-    if let Err(problem) = told {
-        problem.write_unraisable(py, None);
     }
 }
 

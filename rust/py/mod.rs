@@ -16,6 +16,8 @@ mod table;
 
 mod env;
 
+mod failure;
+
 mod result;
 
 mod timer;
@@ -42,6 +44,8 @@ mod _core {
     use super::definition::{Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
     #[pymodule_export]
     use super::env::RunContext;
+    #[pymodule_export]
+    use super::failure::ErrorContext;
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]

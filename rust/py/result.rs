@@ -7,7 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
-use super::env::{Env, Failure, Scope};
+use super::env::{Env, Scope};
+use super::failure::{Failure, Trail};
 
 /// How one branch ended.
 pub(super) enum End {
@@ -94,17 +95,15 @@ impl SplitResult {
         if self.is_annotated.swap(true, Ordering::Relaxed) {
             return;
         }
+        let trail = match Trail::new(py, env.get(), &scope.path, scope.entered) {
+            Ok(trail) => trail,
+            Err(problem) => return problem.write_unraisable(py, None),
+        };
         for (index, branch) in self.branches.iter().enumerate() {
             if let End::Error(error) = &branch.end {
-                let failure = Failure {
-                    state: scope.state,
-                    task: Some(&branch.name),
-                    attempt: 1,
-                    max_attempts: 1,
-                    branch: Some(index),
-                };
-                let error = PyErr::from_value(error.bind(py).clone());
-                failure.annotate(py, env.get(), scope.path.iter().copied(), scope.entered, error);
+                let task = Some(&branch.name);
+                let failure = Failure { state: scope.state, task, attempt: 1, max_attempts: 1, branch: Some(index) };
+                failure.annotate(py, env.get(), &trail, error.bind(py));
             }
         }
     }

@@ -24,8 +24,9 @@ use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit, ffi, intern};
 
 use super::drive::{Advance, Drive};
-use super::env::{Budget, Env, Failure, Scope};
+use super::env::{Budget, Env, Scope};
 use super::errors::TaskExecutionError;
+use super::failure::{Failure, Trail};
 use super::split::Split;
 use super::table::Table;
 
@@ -228,9 +229,18 @@ impl Run {
         }
     }
 
+    /// Annotates the exception that ends the run, and hands it back.
     pub(super) fn annotate(&self, py: Python<'_>, failure: &Failure<'_>, error: PyErr) -> PyErr {
+        match self.trail(py) {
+            Ok(trail) => failure.annotate(py, self.env.get(), &trail, error.value(py)),
+            Err(problem) => problem.write_unraisable(py, None),
+        }
+        error
+    }
+
+    fn trail(&self, py: Python<'_>) -> PyResult<Trail> {
         let (path, entered) = self.path_copy(py);
-        failure.annotate(py, self.env.get(), path.into_iter(), entered, error)
+        Trail::new(py, self.env.get(), &path, entered)
     }
 
     fn resume<'py>(slf: &Bound<'py, Self>, input: Input<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -386,10 +396,12 @@ impl Run {
         Ok(self.annotate(py, &self.failure(py), error).into_value(py).into_any())
     }
 
-    /// The `ErrorContext` of where the run is.
-    fn context<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let (path, entered) = self.path_copy(py);
-        self.failure(py).context(py, self.env.get(), path.into_iter(), entered)
+    /// Annotates an exception that was made for the run outside of it.
+    #[pyo3(name = "annotate")]
+    fn annotate_in_python(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = error.py();
+        self.failure(py).annotate(py, self.env.get(), &self.trail(py)?, error);
+        Ok(())
     }
 
     #[getter]
