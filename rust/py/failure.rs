@@ -1,9 +1,10 @@
 //! Where a run was when an exception left a task: the note and the attribute `__cano__` that the exception gets.
 
-use pyo3::exceptions::PyException;
+use pyo3::exceptions::{PyBaseException, PyException};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyString, PyTuple, PyType};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::env::Env;
@@ -198,7 +199,9 @@ impl Failure<'_> {
 
     fn write(&self, py: Python<'_>, env: &Env, trail: &Trail, error: &Bound<'_, PyAny>) -> PyResult<()> {
         let name = intern!(py, "__cano__");
-        if let Some(known) = error.getattr_opt(name)?
+        // Every exception has a dict; a look into it raises nothing where the name is missing, as an attribute would.
+        let own = error.getattr(intern!(py, "__dict__"))?.cast_into::<PyDict>()?;
+        if let Some(known) = own.get_item(name)?
             && let Ok(known) = known.cast::<ErrorContext>()
         {
             if known.get().sequence >= env.sequence {
@@ -210,9 +213,21 @@ impl Failure<'_> {
         let state = env.label(py, self.state).to_cow()?;
         let place = Place { state: Some(&state), task: task.as_deref(), branch: self.branch };
         let note = place.note(py, env.workflow_id.as_ref(), (self.attempt, self.max_attempts), &trail.text)?;
-        error.call_method1(intern!(py, "add_note"), (note,))?;
+        add_note(error, &own, note)?;
         error.setattr(name, self.context(py, env, trail))
     }
+}
+
+/// `add_note()`; the first one is put down directly, which costs a quarter, unless the class has a way of its own.
+fn add_note(error: &Bound<'_, PyAny>, own: &Bound<'_, PyDict>, note: String) -> PyResult<()> {
+    static ADD_NOTE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = error.py();
+    let (method, notes) = (intern!(py, "add_note"), intern!(py, "__notes__"));
+    let usual = ADD_NOTE.get_or_try_init(py, || py.get_type::<PyBaseException>().getattr(method).map(Bound::unbind))?;
+    if error.get_type().getattr(method)?.is(usual.bind(py)) && !own.contains(notes)? {
+        return error.setattr(notes, PyList::new(py, [note])?);
+    }
+    error.call_method1(method, (note,)).map(drop)
 }
 
 /// Takes the note of an earlier run off an exception.
