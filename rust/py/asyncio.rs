@@ -49,7 +49,17 @@ impl Asyncio {
 
     /// The task that is running now, if any; without a running loop there is none.
     pub(super) fn host(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        match self.current_task.bind(py).call0() {
+        Self::found(py, self.current_task.bind(py).call0())
+    }
+
+    /// The same for a loop that is known to run, which spares asyncio the search for it.
+    pub(super) fn host_on(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyAny>>> {
+        let py = event_loop.py();
+        Self::found(py, self.current_task.bind(py).call1((event_loop,)))
+    }
+
+    fn found(py: Python<'_>, task: PyResult<Bound<'_, PyAny>>) -> PyResult<Option<Py<PyAny>>> {
+        match task {
             Ok(task) => Ok((!task.is_none()).then(|| task.unbind())),
             Err(error) if error.is_instance_of::<PyRuntimeError>(py) => Ok(None),
             Err(error) => Err(error),
@@ -77,6 +87,19 @@ impl Clock {
 
     pub(super) fn now(&self, py: Python<'_>) -> PyResult<f64> {
         self.now.bind(py).call0()?.extract()
+    }
+
+    /// Whether the loop has a task factory, and whether it is in debug mode. The methods that tell are Python around an
+    /// attribute where the loop is asyncio's.
+    pub(super) fn habits(&self, py: Python<'_>) -> PyResult<(bool, bool)> {
+        let event_loop = self.event_loop.bind(py);
+        let (factory, debug) = if self.is_stock {
+            (event_loop.getattr(intern!(py, "_task_factory"))?, event_loop.getattr(intern!(py, "_debug"))?)
+        } else {
+            let factory = event_loop.call_method0(intern!(py, "get_task_factory"))?;
+            (factory, event_loop.call_method0(intern!(py, "get_debug"))?)
+        };
+        Ok((!factory.is_none(), debug.is_truthy()?))
     }
 
     /// A point in time for differences: the loop's clock, read natively where it is the system's monotonic one.

@@ -103,12 +103,18 @@ pub(super) fn step<'py>(inner: &Bound<'py, PyAny>, input: Input<'py>) -> Step<'p
 /// Throws into a coroutine; an iterator that has no `throw` just ends with the exception (PEP 380).
 fn throw<'py>(inner: &Bound<'py, PyAny>, error: PyErr) -> Step<'py> {
     let py = inner.py();
-    let method = match inner.getattr_opt(intern!(py, "throw")) {
-        Ok(Some(method)) => method,
-        Ok(None) => return Step::Raised(error),
-        Err(problem) => return Step::Raised(problem),
+    let name = intern!(py, "throw");
+    let error = error.into_value(py);
+    let came = if is_coroutine(inner) {
+        inner.call_method1(name, (error,))
+    } else {
+        match inner.getattr_opt(name) {
+            Ok(Some(method)) => method.call1((error,)),
+            Ok(None) => return Step::Raised(PyErr::from_value(error.into_bound(py).into_any())),
+            Err(problem) => return Step::Raised(problem),
+        }
     };
-    match method.call1((error.into_value(py),)) {
+    match came {
         Ok(value) => Step::Yielded(value),
         Err(error) if error.is_instance_of::<PyStopIteration>(py) => {
             match error.value(py).getattr(intern!(py, "value")) {
@@ -260,7 +266,11 @@ impl Run {
                 run.put(py, drive);
                 return Ok(value);
             }
-            Ok(Ok(Advance::Finished(value))) => PyStopIteration::new_err((value.unbind(),)),
+            // Made at once: the lazy form costs three times as much.
+            Ok(Ok(Advance::Finished(value))) => match py.get_type::<PyStopIteration>().call1((value,)) {
+                Ok(stop) => PyErr::from_value(stop),
+                Err(error) => error,
+            },
             Ok(Err(error)) => error,
             Err(panic) => {
                 let text = panic

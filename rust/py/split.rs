@@ -27,7 +27,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::join::{Join, JoinVerdict, Outcome};
 
-use super::asyncio::{Asyncio, disarm};
+use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
 use super::definition::TaskSpec;
 use super::drive::Drive;
@@ -133,8 +133,8 @@ impl Split {
         let visit = this.track.with(py, |track| track.visits.get(state).copied().unwrap_or(1));
         let (path, entered) = this.path_copy(py);
         let scope = Scope { parent: this.scope.clone(), state, visit, path: path.into(), entered };
-        let parent = Asyncio::of(py)?.host(py)?;
-        let mode = Mode::choose(py, clock.event_loop.bind(py), env.label(py, state), parent.is_some())?;
+        let parent = Asyncio::of(py)?.host_on(clock.event_loop.bind(py))?;
+        let mode = Mode::choose(py, clock, env.label(py, state), parent.is_some())?;
         let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
         let branches = starts
             .into_iter()
@@ -504,7 +504,7 @@ impl Split {
         if this.state.with(py, |state| state.queued.is_empty()) {
             return Ok(());
         }
-        let parent = Asyncio::of(py)?.host(py)?;
+        let parent = Asyncio::of(py)?.host_on(this.event_loop(py))?;
         // What would end the loop is known to the split already, and leaves through the parent.
         Self::in_step_of(slf, parent.as_ref(), || drop(Self::step_queued(slf)))
     }
@@ -591,20 +591,12 @@ impl Split {
 }
 
 impl Mode {
-    fn choose(
-        py: Python<'_>,
-        event_loop: &Bound<'_, PyAny>,
-        name: &Bound<'_, PyString>,
-        has_parent: bool,
-    ) -> PyResult<Self> {
-        let has_factory = !event_loop.call_method0(intern!(py, "get_task_factory"))?.is_none();
-        let native = has_parent
-            && !has_factory
-            && branch::is_chosen(py)
-            && !event_loop.call_method0(intern!(py, "get_debug"))?.is_truthy()?;
-        if native {
+    fn choose(py: Python<'_>, clock: &Clock, name: &Bound<'_, PyString>, has_parent: bool) -> PyResult<Self> {
+        let (has_factory, is_in_debug_mode) = clock.habits(py)?;
+        if has_parent && !has_factory && !is_in_debug_mode && branch::is_chosen(py) {
             return Ok(Mode::Native);
         }
+        let event_loop = clock.event_loop.bind(py);
         let options = PyDict::new(py);
         options.set_item(intern!(py, "name"), name)?;
         let make_task = if has_factory {
