@@ -550,8 +550,10 @@ unsafe extern "C" fn dealloc(branch: Object) {
                 ptr::drop_in_place(tail);
             }
             // The base's part is zeroed but for what anybody may add to an object: weak references and a `__dict__`.
-            let used =
-                |offset: ffi::Py_ssize_t| offset != 0 && !(*branch.byte_offset(offset).cast::<Object>()).is_null();
+            // A negative offset says that the interpreter keeps it elsewhere: then the base has to look.
+            let used = |offset: ffi::Py_ssize_t| {
+                offset < 0 || (offset > 0 && !(*branch.byte_offset(offset).cast::<Object>()).is_null())
+            };
             if !used((*class).tp_weaklistoffset) && !used((*class).tp_dictoffset) {
                 for offset in kit.base_references {
                     ffi::Py_XDECREF(branch.byte_add(offset).cast::<Object>().read());
