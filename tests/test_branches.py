@@ -305,6 +305,26 @@ async def test_nothing_of_the_base_is_reached() -> None:
     assert inherited - set(vars(type(task))) - harmless == set()
 
 
+def test_an_unknown_task_type_falls_back_to_asyncio_tasks() -> None:
+    """Where a task is not laid out as expected, splits warn once and run asyncio's tasks."""
+    done = in_process(
+        PRELUDE
+        + textwrap.dedent("""
+        asyncio.tasks.Task = asyncio.tasks._PyTask
+        kinds = []
+        async def run():
+            kinds.append(type(asyncio.current_task()) is asyncio.Task)
+        for _ in range(2):
+            asyncio.run(into(run, run).orchestrate("split"))
+        print(kinds)
+        """)
+    )
+
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.splitlines()[-1] == "[True, True, True, True]"
+    assert done.stderr.count("native branches are not available here") == 1
+
+
 @pytest.mark.parametrize("kind", ["Task", "Future"])
 def test_methods_of_the_base_do_not_crash(kind: str) -> None:
     """The base's own methods, called past a branch's, may answer nonsense or raise; the process lives."""

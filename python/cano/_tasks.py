@@ -15,7 +15,7 @@ import os
 import threading
 import types
 import typing
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
 from weakref import WeakKeyDictionary
@@ -334,31 +334,6 @@ def name_of(task: Any) -> str:
         return name_of(task.func)
     found = getattr(task, "__qualname__", None) or type(task).__qualname__
     return str(found)[-_NAME_LIMIT:]
-
-
-def await_branch(branch: Any) -> Generator[Any, None, Any]:
-    """The steps of ``await branch``: those of a future."""
-    if not branch.done():
-        branch._asyncio_future_blocking = True
-        yield branch
-    if not branch.done():
-        raise RuntimeError("await wasn't used with future")
-    return branch.result()
-
-
-def scratch_task(
-    base: type[asyncio.Task[None]],
-) -> tuple[asyncio.Task[None], Coroutine[Any, Any, None], contextvars.Context]:
-    """A task on no loop that never runs, with its coroutine and its context, for whoever looks how a task is laid out."""
-
-    async def nothing() -> None: ...
-
-    loop: Any = types.SimpleNamespace(get_debug=lambda: False, call_soon=lambda *_, **__: None)
-    coroutine, context = nothing(), contextvars.copy_context()
-    task = base(coroutine, loop=loop, context=context)
-    task._log_destroy_pending = False  # type: ignore[attr-defined]
-    coroutine.close()
-    return task, coroutine, context
 
 
 # --- work that would block the loop ----------------------------------------------------------------------------------

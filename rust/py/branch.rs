@@ -179,8 +179,9 @@ pub(super) fn new<'py>(
         task_name,
         name: None,
     };
-    // SAFETY: `tp_alloc` of a GC type gives a zeroed, tracked object of `basicsize`, which reserves `Tail` at `offset`; `base_references` are fields of the base that hold a reference or null. No
-    // Python runs between the allocation and the write (the collector may only run inside the allocation).
+    // SAFETY: `tp_alloc` of a GC type gives a zeroed, tracked object of `basicsize`, which reserves `Tail` at `offset`;
+    // `base_references` are fields of the base that hold a reference or null. No Python runs between the allocation and the
+    // write (the collector may only run inside the allocation).
     unsafe {
         let class = kit.class.as_ptr().cast::<ffi::PyTypeObject>();
         let object = ffi::PyType_GenericAlloc(class, 0);

@@ -454,8 +454,8 @@ unsafe extern "C" fn await_(branch: Object) -> Object {
         static WAIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         // SAFETY: the interpreter passes an instance.
         let branch = unsafe { borrowed(py, branch) };
-        let wait =
-            WAIT.get_or_try_init(py, || Ok::<_, PyErr>(py.import("cano._tasks")?.getattr("await_branch")?.unbind()))?;
+        let wait = WAIT
+            .get_or_try_init(py, || Ok::<_, PyErr>(py.import("cano._branches")?.getattr("await_branch")?.unbind()))?;
         Ok(wait.bind(py).call1((branch,))?.into_ptr())
     })
 }
@@ -606,7 +606,7 @@ impl Kit {
 
     /// Looks for the coroutine and the context of a real task in its memory, since no header names their places.
     fn base_references(py: Python<'_>, base: &Bound<'_, PyType>, base_size: usize) -> PyResult<[usize; 2]> {
-        let scratch = py.import("cano._tasks")?.getattr("scratch_task")?.call1((base,))?;
+        let scratch = py.import("cano._branches")?.getattr("scratch_task")?.call1((base,))?;
         let (task, coroutine, context): (Bound<'_, PyAny>, Bound<'_, PyAny>, Bound<'_, PyAny>) = scratch.extract()?;
         let place = |wanted: &Bound<'_, PyAny>| {
             (size_of::<ffi::PyObject>()..base_size)

@@ -1,6 +1,8 @@
 //! The driver: what Python hands over is converted here, `core` is asked, and its verdict carried out.
 //!
-//! A file may use only the files named above it. `unsafe` appears in `run.rs`, `branch.rs` and `branch_type.rs` alone.
+//! A file uses the files named above it; from `timer` on, the files are the parts of one machine and know each other: a run
+//! has a drive, a drive opens splits, a split has branches, and a branch may be a run. `unsafe` appears in `run.rs`,
+//! `branch.rs` and `branch_type.rs` alone.
 
 mod errors;
 

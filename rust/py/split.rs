@@ -8,7 +8,7 @@
 //! the loop is in debug mode, has a task factory, or somebody asked for it (compatibility mode).
 //!
 //! A native branch that yields nothing (`sleep(0)`) is queued. If every living branch is queued, the parent yields nothing as
-//! well and steps them all when it is resumed; otherwise one handle on the loop serves all that are queued by then.
+//! well and steps them all when it is resumed; otherwise a handle on the loop serves those that are queued when it is made.
 //!
 //! Invariants.
 //! - `alive` counts the branches that have started and not ended; the parent goes on only at zero.
