@@ -285,8 +285,14 @@ class Workflow(Generic[S]):
         Cancellation: the task in flight and every branch are cancelled and awaited, resources are torn down, then
         `asyncio.CancelledError` goes on.
         """
-        run = self._run(initial_state, resources, workflow_id, timeout)
-        used = run.resources
+        used = self._resources if resources is None else _as_resources(resources)
+        run = _core.Run(
+            self._table or self._frozen(),
+            initial_state,
+            used,
+            self._workflow_id if workflow_id is None else _checked_id(workflow_id),
+            self._timeout if timeout is None else _core.seconds("timeout", timeout),
+        )
         if used._lifecycle:
             return await _with_resources(run, used)  # type: ignore[no-any-return]
         return await run  # type: ignore[no-any-return]
@@ -311,29 +317,20 @@ class Workflow(Generic[S]):
             raise WorkflowError(
                 "start() needs a running event loop; use asyncio.run(workflow.orchestrate(...)) outside one"
             ) from None
-        run = self._run(initial_state, resources, workflow_id, timeout)
-        used = run.resources
+        used = self._resources if resources is None else _as_resources(resources)
+        run = _core.Run(
+            self._table or self._frozen(),
+            initial_state,
+            used,
+            self._workflow_id if workflow_id is None else _checked_id(workflow_id),
+            self._timeout if timeout is None else _core.seconds("timeout", timeout),
+        )
         body = _with_resources(run, used) if used._lifecycle else _drive(run)
         task: asyncio.Task[S] = loop.create_task(body, name=self._name)
         tasks = _tasks_of(loop)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         return Run(run, task)
-
-    def _run(
-        self,
-        initial_state: S,
-        resources: Resources | Mapping[Any, Any] | None,
-        workflow_id: str | None,
-        timeout: Seconds | None,
-    ) -> _core.Run:
-        return _core.Run(
-            self._table or self._frozen(),
-            initial_state,
-            self._resources if resources is None else _as_resources(resources),
-            self._workflow_id if workflow_id is None else _checked_id(workflow_id),
-            self._timeout if timeout is None else _core.seconds("timeout", timeout),
-        )
 
 
 # asyncio itself keeps only weak references to tasks.

@@ -7,14 +7,13 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyType};
+use pyo3::types::PyType;
 
 pub(super) struct Asyncio {
     running_loop: Py<PyAny>,
     current_task: Py<PyAny>,
     sleep: Py<PyAny>,
     pub(super) task: Py<PyType>,
-    future: Py<PyAny>,
     base_loop_time: Py<PyAny>,
     monotonic: Py<PyAny>,
     random: Py<PyAny>,
@@ -30,12 +29,24 @@ impl Asyncio {
                 current_task: asyncio.getattr("current_task")?.unbind(),
                 sleep: asyncio.getattr("sleep")?.unbind(),
                 task: asyncio.getattr("Task")?.cast_into()?.unbind(),
-                future: asyncio.getattr("Future")?.unbind(),
                 base_loop_time: asyncio.getattr("BaseEventLoop")?.getattr("time")?.unbind(),
                 monotonic: py.import("time")?.getattr("monotonic")?.unbind(),
                 random: py.import("random")?.getattr("random")?.unbind(),
             })
         })
+    }
+
+    /// Whether a loop's clock is asyncio's own; remembered for the class that is seen first.
+    fn is_stock(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
+        static SEEN: PyOnceLock<(Py<PyType>, bool)> = PyOnceLock::new();
+        let py = event_loop.py();
+        let class = event_loop.get_type();
+        if let Some((_, is_stock)) = SEEN.get(py).filter(|(seen, _)| class.is(seen)) {
+            return Ok(*is_stock);
+        }
+        let is_stock = class.getattr(intern!(py, "time"))?.is(self.base_loop_time.bind(py));
+        SEEN.get_or_init(py, || (class.unbind(), is_stock));
+        Ok(is_stock)
     }
 
     pub(super) fn sleep<'py>(&self, py: Python<'py>, seconds: f64) -> PyResult<Bound<'py, PyAny>> {
@@ -49,17 +60,7 @@ impl Asyncio {
 
     /// The task that is running now, if any; without a running loop there is none.
     pub(super) fn host(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        Self::found(py, self.current_task.bind(py).call0())
-    }
-
-    /// The same for a loop that is known to run, which spares asyncio the search for it.
-    pub(super) fn host_on(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyAny>>> {
-        let py = event_loop.py();
-        Self::found(py, self.current_task.bind(py).call1((event_loop,)))
-    }
-
-    fn found(py: Python<'_>, task: PyResult<Bound<'_, PyAny>>) -> PyResult<Option<Py<PyAny>>> {
-        match task {
+        match self.current_task.bind(py).call0() {
             Ok(task) => Ok((!task.is_none()).then(|| task.unbind())),
             Err(error) if error.is_instance_of::<PyRuntimeError>(py) => Ok(None),
             Err(error) => Err(error),
@@ -79,7 +80,7 @@ impl Clock {
     pub(super) fn running(py: Python<'_>) -> PyResult<Clock> {
         let names = Asyncio::of(py)?;
         let event_loop = names.running_loop.bind(py).call0()?;
-        let is_stock = event_loop.get_type().getattr(intern!(py, "time"))?.is(names.base_loop_time.bind(py));
+        let is_stock = names.is_stock(&event_loop)?;
         let now =
             if is_stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };
         Ok(Clock { event_loop: event_loop.unbind(), now, is_stock })
@@ -111,16 +112,6 @@ impl Clock {
         #[allow(clippy::disallowed_methods, reason = "elapsed times of branches, twice per branch; no rule reads them")]
         let (start, now) = (START.get_or_init(Instant::now), Instant::now());
         Ok(now.saturating_duration_since(*start).as_secs_f64())
-    }
-
-    /// A future of the loop; its own method is only Python around this class where the loop is asyncio's.
-    pub(super) fn future<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        if !self.is_stock {
-            return self.event_loop.bind(py).call_method0(intern!(py, "create_future"));
-        }
-        let options = PyDict::new(py);
-        options.set_item(intern!(py, "loop"), &self.event_loop)?;
-        Asyncio::of(py)?.future.bind(py).call((), Some(&options))
     }
 
     /// Arms a timer; cancel what is returned with `disarm`.

@@ -9,7 +9,8 @@
 //! own data stands behind the base's size, which is read when the type is made.
 //!
 //! States. pending (its coroutine is suspended: waits for `waiting_for`, or is queued for a turn) -> done (value, exception
-//! or cancelled). A step is: enter the context, become the current task, resume the coroutine, leave both, look at what came.
+//! or cancelled). A step is: enter the context, become the current task, resume the coroutine, leave the context, look at
+//! what came. Who was the current task before gets that place back when the last of the steps in a row is done (`seat`).
 //!
 //! Invariants.
 //! - The data is reached through `cell` alone and never borrowed while Python runs.
@@ -20,9 +21,10 @@
 
 use std::cell::RefCell;
 use std::mem;
+use std::ptr;
 use std::sync::{PoisonError, RwLock};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyBaseException, PyException, PyKeyboardInterrupt, PyRuntimeError, PySystemExit};
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -30,9 +32,10 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 
 use super::branch_type::woken;
+use super::current::{Current, Seat};
 use super::errors::CancelledError;
 use super::run::{Input, Step, step};
-use super::split::Split;
+use super::split::{Came, Split};
 
 /// How a branch ended.
 pub(super) enum Status {
@@ -90,8 +93,9 @@ pub(super) struct Kit {
     pub(super) offset: usize,
     /// Where the base keeps its coroutine and its context, which it hands out unseen: None stands there, not null.
     pub(super) base_references: [usize; 2],
-    pub(super) enter: Py<PyAny>,
-    pub(super) leave: Py<PyAny>,
+    pub(super) current: Current,
+    /// The future written in C, which does what asyncio's documentation says and no more.
+    pub(super) future: Py<PyAny>,
     pub(super) context_keyword: Py<PyTuple>,
 }
 
@@ -209,30 +213,40 @@ pub(super) fn copy_of<'py>(context: &Bound<'py, PyAny>) -> PyResult<Bound<'py, P
     unsafe { Bound::from_owned_ptr_or_err(context.py(), ffi::PyContext_Copy(context.as_ptr())) }
 }
 
-/// While the parent's step runs branches, it is not the current task.
-pub(super) fn leave(event_loop: &Bound<'_, PyAny>, task: &Bound<'_, PyAny>) -> PyResult<()> {
-    kit(task.py())?.leave.bind(task.py()).call1((event_loop, task)).map(drop)
+/// Runs `body` in a context; None if the context is entered already, by somebody further up.
+pub(super) fn within<R>(context: &Bound<'_, PyAny>, body: impl FnOnce() -> PyResult<R>) -> Option<PyResult<R>> {
+    // SAFETY: `context` is a context, or this fails; it is left below on every way.
+    if unsafe { ffi::PyContext_Enter(context.as_ptr()) } < 0 {
+        drop(PyErr::fetch(context.py()));
+        return None;
+    }
+    let outcome = body();
+    // SAFETY: entered above, by this thread.
+    if unsafe { ffi::PyContext_Exit(context.as_ptr()) } < 0 {
+        return Some(outcome.and(Err(PyErr::fetch(context.py()))));
+    }
+    Some(outcome)
 }
 
-pub(super) fn enter(event_loop: &Bound<'_, PyAny>, task: &Bound<'_, PyAny>) -> PyResult<()> {
-    kit(task.py())?.enter.bind(task.py()).call1((event_loop, task)).map(drop)
+/// The place of the current task, for as long as branches are stepped.
+pub(super) fn seat<'py, 'a>(event_loop: &'a Bound<'py, PyAny>) -> PyResult<Seat<'py, 'a>> {
+    Seat::hold(&kit(event_loop.py())?.current, event_loop)
 }
 
-/// One step in the branch's own context. An error is one that ends the process' loop as well (`KeyboardInterrupt`).
+/// Whether no task is the current one.
+pub(super) fn is_free(event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
+    kit(event_loop.py())?.current.is_free(event_loop)
+}
+
+/// One step in the branch's own context, by who holds the seat. An error is one that ends the process' loop as well
+/// (`KeyboardInterrupt`).
 pub(super) fn step_in_context(branch: &Bound<'_, PyAny>, event_loop: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = branch.py();
     let context = with(branch, |data| data.context.clone_ref(py))?;
-    // SAFETY: `context` is a context; it is left below on every way.
-    if unsafe { ffi::PyContext_Enter(context.as_ptr()) } < 0 {
-        let error = PyErr::fetch(py);
-        return settled(branch, Step::Raised(error));
-    }
-    let outcome = step_entered(branch, event_loop);
-    // SAFETY: entered above, by this thread.
-    if unsafe { ffi::PyContext_Exit(context.as_ptr()) } < 0 {
-        return outcome.and(Err(PyErr::fetch(py)));
-    }
-    outcome
+    within(context.bind(py), || step_entered(branch, event_loop)).unwrap_or_else(|| {
+        let text = format!("the context of {} is entered already", branch.repr()?);
+        settled(branch, Err(PyRuntimeError::new_err(text).into_value(py)))
+    })
 }
 
 /// One step; the context is entered already.
@@ -242,38 +256,74 @@ fn step_entered(branch: &Bound<'_, PyAny>, event_loop: &Bound<'_, PyAny>) -> PyR
     let Some((coroutine, input)) = next_input(kit, branch) else {
         return Ok(());
     };
-    if let Err(error) = kit.enter.bind(py).call1((event_loop, branch)) {
-        return settled(branch, Step::Raised(error));
+    if let Err(error) = kit.current.take(event_loop, branch) {
+        return settled(branch, Err(error.into_value(py)));
     }
-    let came = step(coroutine.bind(py), input);
-    if let Err(error) = kit.leave.bind(py).call1((event_loop, branch)) {
-        return settled(branch, Step::Raised(error));
-    }
-    match came {
-        Step::Yielded(value) => {
-            waits(kit, branch, event_loop, value);
-            Ok(())
-        }
-        came => {
-            drop(coroutine);
-            settled(branch, cancelled_at_the_end(kit, branch, came))
+    let outcome = match input {
+        Input::Send(value) => match send(coroutine.bind(py), &value) {
+            Sent::Yielded(value) => {
+                waits(kit, branch, event_loop, value);
+                return Ok(());
+            }
+            Sent::Ended(outcome) => outcome,
+        },
+        input @ Input::Throw(_) => match step(coroutine.bind(py), input) {
+            Step::Yielded(value) => {
+                waits(kit, branch, event_loop, value);
+                return Ok(());
+            }
+            Step::Returned(value) => Ok(value.unbind()),
+            Step::Raised(error) => Err(error.into_value(py)),
+        },
+    };
+    drop(coroutine);
+    settled(branch, cancelled_at_the_end(kit, branch, outcome))
+}
+
+enum Sent<'py> {
+    Yielded(Bound<'py, PyAny>),
+    Ended(Came),
+}
+
+/// As `step`, without a `PyErr` in between: losers and failures of a wide split are many.
+fn send<'py>(coroutine: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> Sent<'py> {
+    let py = coroutine.py();
+    let mut result = ptr::null_mut();
+    // SAFETY: valid references and a place for the result, which is a new reference unless there is an error. Then an
+    // exception is set, and normalized it is an instance; its traceback is kept apart until here.
+    unsafe {
+        match ffi::PyIter_Send(coroutine.as_ptr(), value.as_ptr(), &raw mut result) {
+            ffi::PySendResult::PYGEN_NEXT => Sent::Yielded(Bound::from_owned_ptr(py, result)),
+            ffi::PySendResult::PYGEN_RETURN => Sent::Ended(Ok(Bound::from_owned_ptr(py, result).unbind())),
+            ffi::PySendResult::PYGEN_ERROR => {
+                let (mut class, mut error, mut traceback) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
+                #[allow(deprecated, reason = "what replaces them came with 3.12")]
+                {
+                    ffi::PyErr_Fetch(&raw mut class, &raw mut error, &raw mut traceback);
+                    ffi::PyErr_NormalizeException(&raw mut class, &raw mut error, &raw mut traceback);
+                }
+                if !traceback.is_null() {
+                    ffi::PyException_SetTraceback(error, traceback);
+                }
+                ffi::Py_XDECREF(class);
+                ffi::Py_XDECREF(traceback);
+                Sent::Ended(Err(Bound::from_owned_ptr(py, error).cast_into_unchecked::<PyBaseException>().unbind()))
+            }
         }
     }
 }
 
 /// A coroutine that returns while it is asked to end was cancelled, as any task of asyncio's.
-fn cancelled_at_the_end<'py>(kit: &Kit, branch: &Bound<'py, PyAny>, came: Step<'py>) -> Step<'py> {
-    if !matches!(came, Step::Returned(_)) {
-        return came;
-    }
+fn cancelled_at_the_end(kit: &Kit, branch: &Bound<'_, PyAny>, outcome: Came) -> Came {
+    let value = outcome?;
     let message = {
         let mut data = cell(kit, branch).borrow_mut();
         if !mem::take(&mut data.must_cancel) {
-            return came;
+            return Ok(value);
         }
         data.message.take()
     };
-    Step::Raised(cancelled_error(message))
+    Err(cancelled_error(branch.py(), message).into_value(branch.py()))
 }
 
 /// The coroutine and what it is resumed with; None if the branch is done.
@@ -288,15 +338,17 @@ fn next_input<'py>(kit: &Kit, branch: &Bound<'py, PyAny>) -> Option<(Py<PyAny>, 
     };
     // A cancellation that arrives as an exception already is the one that was asked for.
     if must_cancel && !error.as_ref().is_some_and(|error| error.is_instance_of::<CancelledError>(py)) {
-        error = Some(cancelled_error(message));
+        error = Some(cancelled_error(py, message));
     }
     Some((coroutine, error.map_or_else(|| Input::nothing(py), Input::Throw)))
 }
 
-pub(super) fn cancelled_error(message: Option<Py<PyAny>>) -> PyErr {
-    match message {
-        Some(message) => CancelledError::new_err((message,)),
-        None => CancelledError::new_err(()),
+/// Made at once: it is raised for certain, and the lazy form costs three times as much.
+pub(super) fn cancelled_error(py: Python<'_>, message: Option<Py<PyAny>>) -> PyErr {
+    let class = py.get_type::<CancelledError>();
+    match message.map_or_else(|| class.call0(), |message| class.call1((message,))) {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
     }
 }
 
@@ -404,23 +456,18 @@ fn pass_cancel_on(future: &Bound<'_, PyAny>, message: Option<&Py<PyAny>>) -> PyR
 }
 
 /// The coroutine ended: tells the split, and whoever waits for the branch itself.
-pub(super) fn settled(branch: &Bound<'_, PyAny>, came: Step<'_>) -> PyResult<()> {
+pub(super) fn settled(branch: &Bound<'_, PyAny>, outcome: Came) -> PyResult<()> {
     let py = branch.py();
     let kit = kit(py)?;
-    let (outcome, status, passes) = match came {
-        Step::Returned(value) | Step::Yielded(value) => {
-            let value = value.unbind();
-            (Ok(value.clone_ref(py)), Status::Returned(value), None)
-        }
-        Step::Raised(error) => {
-            let value = error.value(py).clone().into_any().unbind();
-            let status = if error.is_instance_of::<CancelledError>(py) {
-                Status::Cancelled(Some(value))
-            } else {
-                Status::Raised(value)
-            };
-            let passes = ends_the_loop(py, &error).then(|| error.clone_ref(py));
-            (Err(error), status, passes)
+    let (status, passes) = match &outcome {
+        Ok(value) => (Status::Returned(value.clone_ref(py)), None),
+        Err(error) => {
+            let raised = error.bind(py);
+            let is_failure = raised.is_instance_of::<PyException>(); // asked first: it answers the other questions too
+            let passes = (!is_failure && ends_the_loop(raised)).then(|| PyErr::from_value(raised.clone().into_any()));
+            let error = error.clone_ref(py).into_any();
+            let is_cancelled = !is_failure && raised.is_instance_of::<CancelledError>();
+            (if is_cancelled { Status::Cancelled(Some(error)) } else { Status::Raised(error) }, passes)
         }
     };
     let (old, split, index, callbacks, coroutine) = {
@@ -432,6 +479,7 @@ pub(super) fn settled(branch: &Bound<'_, PyAny>, came: Step<'_>) -> PyResult<()>
     if let Some(split) = split {
         let split = split.bind(py);
         for (callback, context) in callbacks {
+            split.get().told(py);
             schedule(split, branch, &callback, &context);
         }
         Split::ended(split, index, outcome);
@@ -440,9 +488,8 @@ pub(super) fn settled(branch: &Bound<'_, PyAny>, came: Step<'_>) -> PyResult<()>
 }
 
 /// The two exceptions that asyncio lets out of the loop as well.
-fn ends_the_loop(py: Python<'_>, error: &PyErr) -> bool {
-    error.is_instance_of::<pyo3::exceptions::PyKeyboardInterrupt>(py)
-        || error.is_instance_of::<pyo3::exceptions::PySystemExit>(py)
+fn ends_the_loop(error: &Bound<'_, PyBaseException>) -> bool {
+    error.is_instance_of::<PyKeyboardInterrupt>() || error.is_instance_of::<PySystemExit>()
 }
 
 fn schedule(split: &Bound<'_, Split>, branch: &Bound<'_, PyAny>, callback: &Py<PyAny>, context: &Py<PyAny>) {
@@ -485,6 +532,61 @@ pub(super) fn cancel(branch: &Bound<'_, PyAny>, message: Option<&Bound<'_, PyAny
     Ok(true)
 }
 
+/// The split asks a branch to end.
+///
+/// A branch that waits for a plain future is queued with its cancellation at once, instead of being told by the future that
+/// it was cancelled: the same turn of the loop, one handle for all of them.
+pub(super) fn cancel_by_split(branch: &Bound<'_, PyAny>, message: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    let py = branch.py();
+    let kit = kit(py)?;
+    if overrides_cancel(branch)? {
+        // As others do it who cancel tasks; a shield may stand there.
+        let name = intern!(py, "cancel");
+        return match message {
+            Some(message) => branch.call_method1(name, (message,)),
+            None => branch.call_method0(name),
+        }
+        .map(drop);
+    }
+    let future = cell(kit, branch).borrow().waiting_for.as_ref().map(|future| future.clone_ref(py).into_bound(py));
+    if let Some(future) = future
+        && future.get_type().is(kit.future.bind(py))
+        // Where it is no callback any more, its call is on the way.
+        && future.call_method1(intern!(py, "remove_done_callback"), (branch,))?.is_truthy()?
+    {
+        let kept = message.filter(|message| !message.is_none()).map(|message| message.clone().unbind());
+        pass_cancel_on(&future, kept.as_ref())?;
+        let error = cancelled_error(py, kept);
+        let waited = {
+            let mut data = cell(kit, branch).borrow_mut();
+            data.cancelling += 1;
+            data.pending_error = Some(error);
+            data.waiting_for.take()
+        };
+        drop(waited);
+        queue(kit, branch);
+        return Ok(());
+    }
+    cancel(branch, message).map(drop)
+}
+
+/// Whether somebody has put a `cancel` on the branch itself.
+fn overrides_cancel(branch: &Bound<'_, PyAny>) -> PyResult<bool> {
+    // SAFETY: fields of a live object and its type; an offset above zero is a place in the object for its dict.
+    let dict = unsafe {
+        match (*branch.get_type_ptr()).tp_dictoffset {
+            0 => return Ok(false),
+            offset if offset > 0 => *branch.as_ptr().byte_offset(offset).cast::<*mut ffi::PyObject>(),
+            _ => branch.getattr(intern!(branch.py(), "__dict__"))?.as_ptr(),
+        }
+    };
+    if dict.is_null() {
+        return Ok(false);
+    }
+    // SAFETY: the branch holds its dict.
+    unsafe { Bound::from_borrowed_ptr(branch.py(), dict) }.contains(intern!(branch.py(), "cancel"))
+}
+
 /// Ends a branch without another step of the loop: its coroutine is closed.
 pub(super) fn close(branch: &Bound<'_, PyAny>) -> PyResult<()> {
     let py = branch.py();
@@ -500,6 +602,19 @@ pub(super) fn close(branch: &Bound<'_, PyAny>) -> PyResult<()> {
         coroutine.bind(py).call_method0(intern!(py, "close"))?;
     }
     Ok(())
+}
+
+/// Ends a branch by what happened in a callback of its.
+pub(super) fn ended_by(branch: &Bound<'_, PyAny>, error: PyErr) -> PyResult<()> {
+    let py = branch.py();
+    let split = with(branch, |data| data.split.as_ref().map(|split| split.clone_ref(py)))?;
+    let Some(split) = split else { return Ok(()) };
+    let split = split.bind(py);
+    let outcome = {
+        let _seat = seat(split.get().event_loop(py));
+        settled(branch, Err(error.into_value(py)))
+    };
+    Split::after_callback(split, outcome)
 }
 
 /// The future that a branch waits for is done: the event loop calls the branch, inside its context.
@@ -521,7 +636,10 @@ pub(super) fn wake(branch: &Bound<'_, PyAny>, future: &Bound<'_, PyAny>) -> PyRe
     let Some(split) = split else { return Ok(()) };
     take_result(kit, branch, future);
     let split = split.bind(py);
-    let outcome = step_entered(branch, split.get().event_loop(py));
-    Split::after_callback(split);
-    outcome
+    let event_loop = split.get().event_loop(py);
+    let outcome = match seat(event_loop) {
+        Ok(_seat) => step_entered(branch, event_loop),
+        Err(error) => settled(branch, Err(error.into_value(py))),
+    };
+    Split::after_callback(split, outcome)
 }

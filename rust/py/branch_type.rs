@@ -16,9 +16,9 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBool, PyDict, PyList, PyString, PyTuple, PyType};
 
-use super::branch::{KIT, Kit, Status, Tail, cancel, cancelled_error, cell, copy_context, kit, settled, wake, with};
+use super::branch::{KIT, Kit, Status, Tail, cancel, cancelled_error, cell, copy_context, ended_by, kit, wake, with};
+use super::current::Current;
 use super::errors::{CancelledError, TaskExecutionError};
-use super::run::Step;
 
 /// Runs `body` for the interpreter, which has attached this thread, also when it is about to end.
 fn attached<R>(body: impl FnOnce(Python<'_>) -> R) -> R {
@@ -66,7 +66,7 @@ pub(super) unsafe extern "C" fn woken(branch: Object, arguments: *const Object, 
             outcome?;
         } else {
             let panic = TaskExecutionError::new_err("panic: in a branch (a bug in cano, please report it)");
-            settled(&branch, Step::Raised(panic))?;
+            ended_by(&branch, panic)?;
         }
         Ok(py.None().into_ptr())
     })
@@ -280,7 +280,7 @@ methods! {
     make_cancelled_error = c"_make_cancelled_error" => |branch, _| {
         let py = branch.py();
         let message = with(branch, |data| data.message.as_ref().map(|message| message.clone_ref(py)))?;
-        Ok(cancelled_error(message).into_value(py).into_any().into_bound(py))
+        Ok(cancelled_error(py, message).into_value(py).into_any().into_bound(py))
     };
 }
 
@@ -598,8 +598,8 @@ impl Kit {
             base: base_type,
             offset,
             base_references: Self::base_references(py, &base, base_size)?,
-            enter: tasks.getattr("_enter_task")?.unbind(),
-            leave: tasks.getattr("_leave_task")?.unbind(),
+            current: Current::find(py)?,
+            future: py.import("_asyncio")?.getattr("Future")?.unbind(),
             context_keyword: PyTuple::new(py, ["context"])?.unbind(),
         })
     }

@@ -148,7 +148,7 @@ impl Place<'_> {
 
 /// The path of a run, as its failures tell it.
 pub(super) struct Trail {
-    path: Py<PyTuple>,
+    pub(super) path: Py<PyTuple>,
     entered: u64,
     text: String,
 }

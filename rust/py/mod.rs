@@ -10,6 +10,8 @@ mod convert;
 
 mod asyncio;
 
+mod current;
+
 mod definition;
 
 mod memory;
@@ -29,6 +31,8 @@ mod run;
 mod branch;
 
 mod branch_type;
+
+mod waiter;
 
 mod split;
 
@@ -56,6 +60,13 @@ mod _core {
     use super::run::Run;
     #[pymodule_export]
     use super::table::{Factory, Table};
+
+    #[pymodule_init]
+    #[allow(clippy::unnecessary_wraps, reason = "the form that pyo3 calls")]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        super::run::install_send(module.py());
+        Ok(())
+    }
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the Python name of the version")]

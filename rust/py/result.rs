@@ -1,7 +1,6 @@
 //! What a split hands to the state it joins into.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyString, PyTuple, PyType};
@@ -25,13 +24,19 @@ pub(super) struct Ended {
 }
 
 /// One branch that succeeded or failed.
-#[pyclass(frozen, get_all, module = "cano")]
+#[pyclass(frozen, module = "cano")]
 pub(super) struct BranchOutcome {
+    #[pyo3(get)]
     index: usize,
+    #[pyo3(get)]
     name: Py<PyString>,
+    #[pyo3(get)]
     value: Py<PyAny>,
     error: Option<Py<PyAny>>,
+    #[pyo3(get)]
     elapsed: f64,
+    /// The result it was taken from, which knows what to write on the error.
+    result: Option<Py<SplitResult>>,
 }
 
 #[pymethods]
@@ -47,7 +52,16 @@ impl BranchOutcome {
         elapsed: f64,
     ) -> Self {
         let value = value.unwrap_or_else(|| py.None());
-        Self { index, name, value, error, elapsed }
+        Self { index, name, value, error, elapsed, result: None }
+    }
+
+    #[getter]
+    fn error(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        let error = self.error.as_ref()?;
+        if let Some(result) = &self.result {
+            result.get().annotate(py, self.index);
+        }
+        Some(error.clone_ref(py))
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
@@ -60,20 +74,36 @@ impl BranchOutcome {
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyType>, Bound<'py, PyTuple>)> {
         let (py, this) = (slf.py(), slf.get());
-        let fields = (this.index, &this.name, &this.value, &this.error, this.elapsed);
+        let fields = (this.index, &this.name, &this.value, this.error(py), this.elapsed);
         Ok((slf.get_type(), fields.into_pyobject(py)?))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.value)?;
+        visit.call(&self.result)?;
         visit.call(&self.error)
     }
 }
 
-/// Where a split happened, for the notes on its branches' exceptions; they are written when somebody looks at the errors.
+/// Where a split happened, for the notes on its branches' exceptions; each is written when somebody looks at the exception.
 pub(super) struct Origin {
     pub(super) env: Py<Env>,
     pub(super) scope: Arc<Scope>,
+    trail: OnceLock<Trail>,
+}
+
+impl Origin {
+    pub(super) fn new(env: Py<Env>, scope: Arc<Scope>) -> Self {
+        Self { env, scope, trail: OnceLock::new() }
+    }
+
+    fn trail(&self, py: Python<'_>) -> PyResult<&Trail> {
+        if let Some(trail) = self.trail.get() {
+            return Ok(trail);
+        }
+        let trail = Trail::new(py, self.env.get(), &self.scope.path, self.scope.entered)?;
+        Ok(self.trail.get_or_init(|| trail))
+    }
 }
 
 /// Every outcome of a split, in branch order.
@@ -81,43 +111,36 @@ pub(super) struct Origin {
 pub(super) struct SplitResult {
     branches: Box<[Ended]>,
     origin: Option<Origin>,
-    is_annotated: AtomicBool,
 }
 
 impl SplitResult {
     pub(super) fn new(branches: Vec<Ended>, origin: Option<Origin>) -> Self {
-        Self { branches: branches.into_boxed_slice(), origin, is_annotated: AtomicBool::new(false) }
+        Self { branches: branches.into_boxed_slice(), origin }
     }
 
-    /// Names its branch on every exception, once; a branch that was a run of its own has done so already.
-    fn annotate(&self, py: Python<'_>) {
-        let Some(Origin { env, scope }) = &self.origin else { return };
-        if self.is_annotated.swap(true, Ordering::Relaxed) {
+    /// Names its branch on an exception, unless a branch that was a run of its own has done so already.
+    fn annotate(&self, py: Python<'_>, index: usize) {
+        let (Some(origin), Ended { name, end: End::Error(error), .. }) = (&self.origin, &self.branches[index]) else {
             return;
-        }
-        let trail = match Trail::new(py, env.get(), &scope.path, scope.entered) {
-            Ok(trail) => trail,
-            Err(problem) => return problem.write_unraisable(py, None),
         };
-        for (index, branch) in self.branches.iter().enumerate() {
-            if let End::Error(error) = &branch.end {
-                let task = Some(&branch.name);
-                let failure = Failure { state: scope.state, task, attempt: 1, max_attempts: 1, branch: Some(index) };
-                failure.annotate(py, env.get(), &trail, error.bind(py));
-            }
+        let (env, state) = (origin.env.get(), origin.scope.state);
+        let failure = Failure { state, task: Some(name), attempt: 1, max_attempts: 1, branch: Some(index) };
+        match origin.trail(py) {
+            Ok(trail) => failure.annotate(py, env, trail, error.bind(py)),
+            Err(problem) => problem.write_unraisable(py, None),
         }
     }
 
     /// The exceptions of the branches that failed, in branch order.
     pub(super) fn exceptions(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
-        self.annotate(py);
-        self.branches
-            .iter()
-            .filter_map(|branch| match &branch.end {
-                End::Error(error) => Some(error.clone_ref(py)),
-                End::Value(_) | End::Cancelled => None,
-            })
-            .collect()
+        let mut exceptions = Vec::new();
+        for (index, branch) in self.branches.iter().enumerate() {
+            if let End::Error(error) = &branch.end {
+                self.annotate(py, index);
+                exceptions.push(error.clone_ref(py));
+            }
+        }
+        exceptions
     }
 
     /// "2 succeeded, 1 failed, 0 cancelled of 3"
@@ -128,19 +151,17 @@ impl SplitResult {
         format!("{} succeeded, {failed} failed, {} cancelled of {total}", completed - failed, total - completed)
     }
 
-    fn outcomes<'py>(&self, py: Python<'py>, failed: bool) -> PyResult<Bound<'py, PyList>> {
-        if failed {
-            self.annotate(py);
-        }
+    fn outcomes<'py>(slf: &Bound<'py, Self>, failed: bool) -> PyResult<Bound<'py, PyList>> {
+        let py = slf.py();
         let list = PyList::empty(py);
-        for (index, branch) in self.branches.iter().enumerate() {
-            let (value, error) = match &branch.end {
-                End::Value(value) if !failed => (value.clone_ref(py), None),
-                End::Error(error) if failed => (py.None(), Some(error.clone_ref(py))),
+        for (index, branch) in slf.get().branches.iter().enumerate() {
+            let (value, error, result) = match &branch.end {
+                End::Value(value) if !failed => (value.clone_ref(py), None, None),
+                End::Error(error) if failed => (py.None(), Some(error.clone_ref(py)), Some(slf.clone().unbind())),
                 _ => continue,
             };
             let name = branch.name.clone_ref(py);
-            list.append(BranchOutcome { index, name, value, error, elapsed: branch.elapsed })?;
+            list.append(BranchOutcome { index, name, value, error, elapsed: branch.elapsed, result })?;
         }
         Ok(list)
     }
@@ -176,13 +197,13 @@ impl SplitResult {
     }
 
     #[getter]
-    fn successes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        self.outcomes(py, false)
+    fn successes<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        Self::outcomes(slf, false)
     }
 
     #[getter]
-    fn errors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        self.outcomes(py, true)
+    fn errors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        Self::outcomes(slf, true)
     }
 
     #[getter]
@@ -221,15 +242,18 @@ impl SplitResult {
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyType>, Bound<'py, PyTuple>)> {
         let (py, this) = (slf.py(), slf.get());
-        let outcomes = this.successes(py)?;
-        for failed in this.errors(py)? {
+        let outcomes = Self::successes(slf)?;
+        for failed in Self::errors(slf)? {
             outcomes.append(failed)?;
         }
         Ok((slf.get_type(), (outcomes, this.cancelled()).into_pyobject(py)?))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(self.origin.as_ref().map(|origin| &origin.env))?;
+        if let Some(origin) = &self.origin {
+            visit.call(&origin.env)?;
+            visit.call(origin.trail.get().map(|trail| &trail.path))?;
+        }
         for branch in &self.branches {
             match &branch.end {
                 End::Value(object) | End::Error(object) => visit.call(object)?,

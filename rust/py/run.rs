@@ -21,7 +21,7 @@ use std::thread::{self, ThreadId};
 use pyo3::exceptions::{PyRuntimeError, PyStopIteration};
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
-use pyo3::{PyTraverseError, PyVisit, ffi, intern};
+use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi, intern};
 
 use super::drive::{Advance, Drive};
 use super::env::{Budget, Env, Scope};
@@ -53,6 +53,11 @@ impl<T> GilCell<T> {
     /// For the collector, which runs with the lock held and calls no Python.
     pub(super) fn peek<R>(&self, access: impl FnOnce(&T) -> R) -> Option<R> {
         self.0.try_borrow().ok().map(|content| access(&content))
+    }
+
+    /// The same, to take something out.
+    pub(super) fn peek_mut<R>(&self, access: impl FnOnce(&mut T) -> R) -> Option<R> {
+        self.0.try_borrow_mut().ok().map(|mut content| access(&mut content))
     }
 }
 
@@ -249,7 +254,16 @@ impl Run {
         Trail::new(py, self.env.get(), &path, entered)
     }
 
-    fn resume<'py>(slf: &Bound<'py, Self>, input: Input<'py>) -> PyResult<Bound<'py, PyAny>> {
+    /// The same for who calls it as an iterator.
+    fn iterate<'py>(slf: &Bound<'py, Self>, input: Input<'py>) -> PyResult<Bound<'py, PyAny>> {
+        match Self::resume(slf, input)? {
+            Advance::Suspended(value) => Ok(value),
+            // Made at once: the lazy form costs three times as much.
+            Advance::Finished(value) => Err(PyErr::from_value(slf.py().get_type::<PyStopIteration>().call1((value,))?)),
+        }
+    }
+
+    fn resume<'py>(slf: &Bound<'py, Self>, input: Input<'py>) -> PyResult<Advance<'py>> {
         let (py, run) = (slf.py(), slf.get());
         let Some(mut drive) = run.take(py)? else {
             return Err(match input {
@@ -264,14 +278,9 @@ impl Run {
         let outcome = match advance {
             Ok(Ok(Advance::Suspended(value))) => {
                 run.put(py, drive);
-                return Ok(value);
+                return Ok(Advance::Suspended(value));
             }
-            // Made at once: the lazy form costs three times as much.
-            Ok(Ok(Advance::Finished(value))) => match py.get_type::<PyStopIteration>().call1((value,)) {
-                Ok(stop) => PyErr::from_value(stop),
-                Err(error) => error,
-            },
-            Ok(Err(error)) => error,
+            Ok(outcome) => outcome,
             Err(panic) => {
                 let text = panic
                     .downcast_ref::<&str>()
@@ -279,12 +288,12 @@ impl Run {
                     .or_else(|| panic.downcast_ref::<String>().cloned())
                     .unwrap_or_else(|| "no text".to_owned());
                 let text = format!("panic: {text} (a bug in cano, please report it)");
-                run.annotate(py, &run.failure(py), TaskExecutionError::new_err(text))
+                Err(run.annotate(py, &run.failure(py), TaskExecutionError::new_err(text)))
             }
         };
         run.track.with(py, |track| track.over = true);
         drive.stop(py);
-        Err(outcome)
+        outcome
     }
 }
 
@@ -314,11 +323,11 @@ impl Run {
     }
 
     fn __next__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        Self::resume(slf, Input::nothing(slf.py()))
+        Self::iterate(slf, Input::nothing(slf.py()))
     }
 
     fn send<'py>(slf: &Bound<'py, Self>, value: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        Self::resume(slf, Input::Send(value))
+        Self::iterate(slf, Input::Send(value))
     }
 
     /// Also in its three-argument form, which Python before 3.12 uses.
@@ -339,7 +348,7 @@ impl Run {
         if let Some(traceback) = traceback {
             error.setattr(intern!(py, "__traceback__"), traceback)?;
         }
-        Self::resume(slf, Input::Throw(PyErr::from_value(error)))
+        Self::iterate(slf, Input::Throw(PyErr::from_value(error)))
     }
 
     /// Ends the run without another step: what it runs is closed, its branches are cancelled.
@@ -448,8 +457,7 @@ impl Run {
     }
 
     fn __clear__(&self) {
-        let drive = self.drive.0.try_borrow_mut().ok().and_then(|mut cell| cell.take());
-        drop(drive);
+        drop(self.drive.peek_mut(Option::take));
     }
 }
 
@@ -459,5 +467,41 @@ impl Run {
             Some(inner) => Ok(inner.bind(py).getattr_opt(name)?.map(Bound::unbind)),
             None => Ok(None),
         }
+    }
+}
+
+/// Lets `await` of a run on Python 3.11 take its result as it is, not out of a `StopIteration`; 3.12 does not ask any more.
+#[allow(unsafe_code, reason = "pyo3 has no such slot")]
+pub(super) fn install_send(py: Python<'_>) {
+    // SAFETY: a heap type, which pyo3 made, and nobody has used yet.
+    unsafe {
+        let class = Run::type_object_raw(py).cast::<ffi::PyHeapTypeObject>();
+        (*class).as_async.am_send = Some(am_send);
+    }
+}
+
+#[allow(unsafe_code, reason = "the interpreter calls it")]
+unsafe extern "C" fn am_send(
+    run: *mut ffi::PyObject,
+    value: *mut ffi::PyObject,
+    result: *mut *mut ffi::PyObject,
+) -> ffi::PySendResult {
+    // SAFETY: called by a thread that is attached, with valid references and a place for the result; the type has the slot
+    // of its instances alone. Panics are caught in `resume`.
+    unsafe {
+        Python::attach_unchecked(|py| {
+            let run = Bound::from_borrowed_ptr(py, run);
+            let value = Bound::from_borrowed_ptr(py, value);
+            let (came, status) = match Run::resume(run.cast_unchecked::<Run>(), Input::Send(value)) {
+                Ok(Advance::Suspended(value)) => (value.into_ptr(), ffi::PySendResult::PYGEN_NEXT),
+                Ok(Advance::Finished(value)) => (value.into_ptr(), ffi::PySendResult::PYGEN_RETURN),
+                Err(error) => {
+                    error.restore(py);
+                    (std::ptr::null_mut(), ffi::PySendResult::PYGEN_ERROR)
+                }
+            };
+            result.write(came);
+            status
+        })
     }
 }

@@ -19,7 +19,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use pyo3::exceptions::{PyException, PyRuntimeError};
+use pyo3::exceptions::{PyBaseException, PyException, PyRuntimeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
@@ -29,6 +29,7 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 
 use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
+use super::current::Seat;
 use super::definition::TaskSpec;
 use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
@@ -37,6 +38,7 @@ use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
 use super::run::{GilCell, Run};
 use super::table::JoinSpec;
+use super::waiter::Waiter;
 
 /// What a branch starts with.
 pub(super) enum Start {
@@ -56,7 +58,7 @@ struct State {
     join: Join,
     next: usize,
     alive: usize,
-    waiter: Option<Py<PyAny>>,
+    waiter: Option<Py<Waiter>>,
     timer: Option<Py<PyAny>>,
     /// When attempts of branches are over, earliest first, and the timer for the first.
     deadlines: VecDeque<(f64, Py<Run>)>,
@@ -66,6 +68,8 @@ struct State {
     /// Those that handles on the loop will step, one handle for each batch: a branch that lets others run first does so
     /// for all that was scheduled before, as a task does.
     batches: VecDeque<Vec<Py<PyAny>>>,
+    /// Whether done-callbacks of branches are on their way, which come before the parent.
+    is_told: bool,
     /// Whether the parent is gone.
     is_abandoned: bool,
     /// Whether branches are being started further up the stack.
@@ -81,6 +85,9 @@ impl State {
         self.interrupted.is_none() && self.join.verdict() == JoinVerdict::Undecided
     }
 }
+
+/// What came of a branch: its value, or the exception it raised.
+pub(super) type Came = Result<Py<PyAny>, Py<PyBaseException>>;
 
 /// What the parent finds when it looks.
 pub(super) enum Poll<'py> {
@@ -133,8 +140,10 @@ impl Split {
         let visit = this.track.with(py, |track| track.visits.get(state).copied().unwrap_or(1));
         let (path, entered) = this.path_copy(py);
         let scope = Scope { parent: this.scope.clone(), state, visit, path: path.into(), entered };
-        let parent = Asyncio::of(py)?.host_on(clock.event_loop.bind(py))?;
-        let mode = Mode::choose(py, clock, env.label(py, state), parent.is_some())?;
+        let event_loop = clock.event_loop.bind(py);
+        let seat = branch::is_chosen(py).then(|| branch::seat(event_loop)).transpose()?.filter(Seat::is_taken);
+        let mode = Mode::choose(py, clock, env.label(py, state), seat.is_some())?;
+        let seat = seat.filter(|_| matches!(mode, Mode::Native));
         let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
         let branches = starts
             .into_iter()
@@ -165,6 +174,7 @@ impl Split {
                     deadline_timer: None,
                     queued: Vec::new(),
                     batches: VecDeque::new(),
+                    is_told: false,
                     is_abandoned: false,
                     is_starting: false,
                     last_end: None,
@@ -177,21 +187,9 @@ impl Split {
             let timer = clock.call_at(py, clock.now(py)? + seconds, callback)?;
             split.get().state.with(py, |state| state.timer = Some(timer));
         }
-        Self::in_step_of(&split, parent.as_ref(), || Self::start(&split, true))?;
+        Self::start(&split, true);
+        drop(seat);
         Ok(split.unbind())
-    }
-
-    /// Lets `steps` run branches inside the step of the parent task, which is not the current task meanwhile.
-    fn in_step_of(slf: &Bound<'_, Self>, parent: Option<&Py<PyAny>>, steps: impl FnOnce()) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        let (Mode::Native, Some(parent)) = (&this.mode, parent) else {
-            steps();
-            return Ok(());
-        };
-        let event_loop = this.event_loop(py);
-        branch::leave(event_loop, parent.bind(py))?;
-        steps();
-        branch::enter(event_loop, parent.bind(py))
     }
 
     /// Starts branches while the bulkhead has room and nothing is decided. `at_once`: inside the parent's own step.
@@ -218,7 +216,7 @@ impl Split {
                 .and_then(|start| Self::start_one(slf, index, start, at_once));
             match made {
                 Ok(()) => {}
-                Err(error) => drop(this.record(py, index, Err(error))),
+                Err(error) => drop(this.record(py, index, Err(error.into_value(py)))),
             }
         }
         DEPTH.set(DEPTH.get() - 1);
@@ -342,23 +340,21 @@ impl Split {
     }
 
     /// A branch ended: records it, and carries out what follows.
-    pub(super) fn ended(slf: &Bound<'_, Self>, index: usize, outcome: PyResult<Py<PyAny>>) {
+    pub(super) fn ended(slf: &Bound<'_, Self>, index: usize, outcome: Came) {
         let (py, this) = (slf.py(), slf.get());
         if this.record(py, index, outcome) {
             Self::start(slf, false);
         }
-        this.wake(py);
     }
 
     /// Records how a branch ended, and cancels the rest if that decides the join. Whether the split goes on.
-    fn record(&self, py: Python<'_>, index: usize, outcome: PyResult<Py<PyAny>>) -> bool {
+    fn record(&self, py: Python<'_>, index: usize, outcome: Came) -> bool {
         let now = self.mark(py);
         let (end, counted, fatal) = match outcome {
             Ok(value) => (End::Value(value), Outcome::Succeeded, None),
-            Err(error) if error.is_instance_of::<CancelledError>(py) => (End::Cancelled, Outcome::Cancelled, None),
             Err(error) => match self.as_failure(py, error) {
-                Ok(error) => (End::Error(error.into_value(py).into_any()), Outcome::Failed, None),
-                Err(fatal) => (End::Cancelled, Outcome::Cancelled, Some(fatal)),
+                Ok(error) => (End::Error(error.into_any()), Outcome::Failed, None),
+                Err(fatal) => (End::Cancelled, Outcome::Cancelled, fatal),
             },
         };
         let (was_going_on, goes_on, dropped) = self.state.with(py, |state| {
@@ -383,17 +379,27 @@ impl Split {
         goes_on
     }
 
-    /// An `Exception` is a failure of its branch; another `BaseException` ends the whole run, as does the end of its budget.
-    fn as_failure(&self, py: Python<'_>, error: PyErr) -> Result<PyErr, PyErr> {
-        if error.is_instance_of::<WorkflowTimeoutError>(py) && self.is_of_this_run(py, &error) {
-            return Err(error);
+    /// An `Exception` is a failure of its branch, unless it is the end of this run's budget. That ends the whole run, as does a
+    /// `BaseException`, other than a cancel, which ends its branch alone (`Err(None)`).
+    fn as_failure(&self, py: Python<'_>, error: Py<PyBaseException>) -> Result<Py<PyBaseException>, Option<PyErr>> {
+        let raised = error.bind(py);
+        if raised.is_instance_of::<PyException>() {
+            let is_fatal = raised.is_instance_of::<WorkflowTimeoutError>() && self.is_of_this_run(raised);
+            return if is_fatal { Err(Some(PyErr::from_value(raised.clone().into_any()))) } else { Ok(error) };
         }
-        if error.is_instance_of::<PyException>(py) { Ok(error) } else { from_panic(py, error) }
+        if raised.is_instance_of::<CancelledError>() {
+            return Err(None);
+        }
+        match from_panic(py, PyErr::from_value(raised.clone().into_any())) {
+            Ok(failure) => Ok(failure.into_value(py)),
+            Err(fatal) => Err(Some(fatal)),
+        }
     }
 
     /// Whether an exception says that it comes from this run, not from one that a branch started.
-    fn is_of_this_run(&self, py: Python<'_>, error: &PyErr) -> bool {
-        let context = error.value(py).getattr(intern!(py, "__cano__"));
+    fn is_of_this_run(&self, error: &Bound<'_, PyBaseException>) -> bool {
+        let py = error.py();
+        let context = error.getattr(intern!(py, "__cano__"));
         let sequence = context.and_then(|context| context.getattr(intern!(py, "sequence"))?.extract::<u64>());
         sequence.is_ok_and(|sequence| sequence == self.env.get().sequence)
     }
@@ -409,7 +415,7 @@ impl Split {
         for task in self.living(py) {
             let task = task.bind(py);
             let cancelled = match (&self.mode, message) {
-                (Mode::Native, message) => branch::cancel(task, message).map(drop),
+                (Mode::Native, message) => branch::cancel_by_split(task, message),
                 (_, Some(message)) => task.call_method1(intern!(py, "cancel"), (message,)).map(drop),
                 (_, None) => task.call_method0(intern!(py, "cancel")).map(drop),
             };
@@ -423,17 +429,18 @@ impl Split {
         state.alive == 0 && !state.goes_on()
     }
 
-    /// Resolves the parent's future, once nothing is left to wait for.
-    fn wake(&self, py: Python<'_>) {
-        let waiter = self.state.with(py, |state| if Self::is_over(state) { state.waiter.take() } else { None });
-        let Some(waiter) = waiter else { return };
-        let waiter = waiter.bind(py);
-        // One that was cancelled meanwhile has woken the parent already.
-        if let Err(error) = waiter.call_method1(intern!(py, "set_result"), (py.None(),))
-            && !waiter.call_method0(intern!(py, "done")).is_ok_and(|done| done.is_truthy().unwrap_or(false))
-        {
-            error.write_unraisable(py, Some(waiter));
-        }
+    /// Lets the parent go on, once nothing is left to wait for; at the end of a callback of the loop.
+    ///
+    /// At once if it may and nobody's step is under way, which a foreign future may have called us from.
+    fn wake(&self, py: Python<'_>, may_go_on: bool) -> PyResult<()> {
+        let (waiter, is_told) = self.state.with(py, |state| {
+            let waiter = if Self::is_over(state) { state.waiter.take() } else { None };
+            (waiter, state.is_told)
+        });
+        let Some(waiter) = waiter else { return Ok(()) };
+        let at_once =
+            may_go_on && !is_told && matches!(self.mode, Mode::Native) && branch::is_free(self.event_loop(py))?;
+        Waiter::resolve(waiter.bind(py), at_once)
     }
 
     /// An exception was thrown into the parent: it is passed on as a cancel, and leaves the run at the end.
@@ -469,13 +476,12 @@ impl Split {
             return Ok(Poll::Turn);
         }
         if !is_over {
-            let waiter = this.env.get().clock(py)?.future(py)?;
-            waiter.setattr(intern!(py, "_asyncio_future_blocking"), true)?;
+            let waiter = Bound::new(py, Waiter::new(this.event_loop.clone_ref(py)))?;
             let kept = waiter.clone().unbind();
             let old = this.state.with(py, |state| state.waiter.replace(kept));
             drop(old);
-            Self::after_callback(slf);
-            return Ok(Poll::Waiting(waiter));
+            Self::schedule_queued(slf);
+            return Ok(Poll::Waiting(waiter.into_any()));
         }
         let (timers, interrupted, verdict, branches, deadlines) = this.state.with(py, |state| {
             (
@@ -494,7 +500,7 @@ impl Split {
             return Ok(Poll::Interrupted(error));
         }
         let ended = branches.into_iter().map(|branch| branch.ended).collect();
-        let origin = Origin { env: this.env.clone_ref(py), scope: this.scope.clone() };
+        let origin = Origin::new(this.env.clone_ref(py), this.scope.clone());
         Ok(Poll::Joined(verdict, SplitResult::new(ended, Some(origin))))
     }
 
@@ -504,9 +510,10 @@ impl Split {
         if this.state.with(py, |state| state.queued.is_empty()) {
             return Ok(());
         }
-        let parent = Asyncio::of(py)?.host_on(this.event_loop(py))?;
+        let _seat = branch::seat(this.event_loop(py))?;
         // What would end the loop is known to the split already, and leaves through the parent.
-        Self::in_step_of(slf, parent.as_ref(), || drop(Self::step_queued(slf)))
+        drop(Self::step_queued(slf));
+        Ok(())
     }
 
     /// Steps every branch that is queued now. An error is one that ends the loop as well.
@@ -528,14 +535,26 @@ impl Split {
         Ok(())
     }
 
+    /// Somebody who waits for a branch itself is told that it ended.
+    pub(super) fn told(&self, py: Python<'_>) {
+        self.state.with(py, |state| state.is_told = true);
+    }
+
     /// A branch wants another turn.
     pub(super) fn queue(slf: &Bound<'_, Self>, branch: &Bound<'_, PyAny>) {
         let branch = branch.clone().unbind();
         slf.get().state.with(slf.py(), |state| state.queued.push(branch));
     }
 
+    /// What a callback of the loop did to branches may leave branches queued, or the parent with nothing to wait for.
+    pub(super) fn after_callback(slf: &Bound<'_, Self>, outcome: PyResult<()>) -> PyResult<()> {
+        Self::schedule_queued(slf);
+        let woken = slf.get().wake(slf.py(), outcome.is_ok());
+        outcome.and(woken)
+    }
+
     /// While the parent waits for its future, the loop has to step what is queued.
-    pub(super) fn after_callback(slf: &Bound<'_, Self>) {
+    fn schedule_queued(slf: &Bound<'_, Self>) {
         let (py, this) = (slf.py(), slf.get());
         let wanted = this.state.with(py, |state| {
             let wanted = (state.waiter.is_some() || state.is_abandoned) && !state.queued.is_empty();
@@ -577,7 +596,7 @@ impl Split {
         if !this.event_loop(py).call_method0(intern!(py, "is_closed"))?.is_truthy()? {
             this.interrupt(py, CancelledError::new_err(()))?;
             this.state.with(py, |state| state.is_abandoned = true);
-            Self::after_callback(slf);
+            Self::schedule_queued(slf);
             return Ok(());
         }
         let mut closed = Ok(());
@@ -591,9 +610,9 @@ impl Split {
 }
 
 impl Mode {
-    fn choose(py: Python<'_>, clock: &Clock, name: &Bound<'_, PyString>, has_parent: bool) -> PyResult<Self> {
+    fn choose(py: Python<'_>, clock: &Clock, name: &Bound<'_, PyString>, is_native: bool) -> PyResult<Self> {
         let (has_factory, is_in_debug_mode) = clock.habits(py)?;
-        if has_parent && !has_factory && !is_in_debug_mode && branch::is_chosen(py) {
+        if is_native && !has_factory && !is_in_debug_mode {
             return Ok(Mode::Native);
         }
         let event_loop = clock.event_loop.bind(py);
@@ -612,8 +631,9 @@ impl Mode {
 #[pymethods]
 impl Split {
     /// The event loop's timer calls this.
-    fn _time_out(&self, py: Python<'_>) {
-        let decided = self.state.with(py, |state| {
+    fn _time_out(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        let (was_going_on, timer) = this.state.with(py, |state| {
             let was_going_on = state.goes_on();
             let timer = state.timer.take();
             if was_going_on {
@@ -621,10 +641,11 @@ impl Split {
             }
             (was_going_on, timer)
         });
-        if decided.0 {
-            self.cancel_rest(py, None);
+        drop(timer);
+        if was_going_on {
+            this.cancel_rest(py, None);
         }
-        self.wake(py);
+        Self::after_callback(slf, Ok(()))
     }
 
     /// The event loop's timer calls this for the attempts whose deadline is due.
@@ -645,10 +666,12 @@ impl Split {
 
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let batch = slf.get().state.with(slf.py(), |state| state.batches.pop_front());
-        let outcome = Self::step_batch(slf, batch.unwrap_or_default());
-        Self::after_callback(slf);
-        outcome
+        let outcome = {
+            let _seat = branch::seat(slf.get().event_loop(slf.py()))?;
+            let batch = slf.get().state.with(slf.py(), |state| state.batches.pop_front());
+            Self::step_batch(slf, batch.unwrap_or_default())
+        };
+        Self::after_callback(slf, outcome)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -694,10 +717,11 @@ struct Done {
 
 #[pymethods]
 impl Done {
-    fn __call__(&self, task: &Bound<'_, PyAny>) {
+    fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
-        let outcome = task.call_method0(intern!(py, "result")).map(Bound::unbind);
+        let outcome = task.call_method0(intern!(py, "result")).map(Bound::unbind).map_err(|error| error.into_value(py));
         Split::ended(self.split.bind(py), self.index, outcome);
+        self.split.get().wake(py, false)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
