@@ -31,6 +31,18 @@ pub enum Error {
     EmptySplit { strategy: String },
     /// A `PartialTimeout` join without the timeout that ends it.
     TimeoutMissing,
+    /// A number of a breaker's calls or failures below one or above its bound.
+    Calls { name: &'static str, calls: i64, limit: u32 },
+    /// A duration of zero, which would be over before it began.
+    NoDuration { name: &'static str },
+    /// A share of calls outside (0, 1], or not a number.
+    Share { name: &'static str, share: f64 },
+    /// More calls to wait for than the window holds: the breaker would never open.
+    MinimumAboveWindow { minimum_calls: u32, window: u32 },
+    /// A window of calls that no share of failures or of slow calls is measured in.
+    RateMissing,
+    /// A number of a limiter's tokens or calls outside its bounds.
+    Budget { name: &'static str, amount: i64, least: i64, limit: i64 },
 }
 
 impl fmt::Display for Error {
@@ -65,6 +77,20 @@ impl fmt::Display for Error {
                 write!(f, "{strategy} needs at least one branch, the split has none; only All joins an empty split")
             }
             Self::TimeoutMissing => f.write_str("PartialTimeout needs a timeout, got None"),
+            Self::Calls { name, calls, limit } => {
+                write!(f, "{name} must be at least 1 and at most {limit}, got {calls}")
+            }
+            Self::NoDuration { name } => write!(f, "{name} must be above 0, got 0"),
+            Self::Share { name, share } => {
+                write!(f, "{name} must be above 0 and at most 1, got {}", Number(*share))
+            }
+            Self::MinimumAboveWindow { minimum_calls, window } => {
+                write!(f, "minimum_calls must be at most the calls of the window ({window}), got {minimum_calls}")
+            }
+            Self::RateMissing => f.write_str("a window needs failure_rate or slow_call, got neither"),
+            Self::Budget { name, amount, least, limit } => {
+                write!(f, "{name} must be at least {least} and at most {limit}, got {amount}")
+            }
         }
     }
 }
@@ -97,6 +123,10 @@ mod tests {
             (
                 Error::TooManyRetries { retries: 5_000_000, limit: 1_000_000 },
                 "retries must be at most 1000000, got 5000000",
+            ),
+            (
+                Error::Budget { name: "burst", amount: -1, least: 0, limit: 1_000_000_000 },
+                "burst must be at least 0 and at most 1000000000, got -1",
             ),
             (Error::Factor { factor: 0.5 }, "factor must be finite and at least 1, got 0.5"),
             (Error::Factor { factor: f64::NAN }, "factor must be finite and at least 1, got NaN"),

@@ -9,6 +9,12 @@ pub mod time;
 
 pub mod retry;
 
+pub mod tally;
+
+pub mod breaker;
+
+pub mod limiter;
+
 pub mod join;
 
 pub mod graph;

@@ -1,4 +1,4 @@
-//! Durations.
+//! Durations, and the moments they lie between.
 
 use super::error::Error;
 
@@ -48,6 +48,44 @@ impl Nanos {
     /// The number of nanoseconds as a float, for arithmetic that may leave the range of an integer.
     pub(super) fn as_f64(self) -> f64 {
         self.0 as f64
+    }
+
+    /// A computed number of nanoseconds, cut to the range.
+    pub(super) fn from_u128(nanos: u128) -> Self {
+        u64::try_from(nanos).map_or(Self::MAX, |nanos| Self(nanos).min(Self::MAX))
+    }
+
+    /// The number of nanoseconds, for exact arithmetic.
+    pub(super) const fn as_u64(self) -> u64 {
+        self.0
+    }
+}
+
+/// A point in time: nanoseconds on some monotonic clock, whose zero means nothing.
+///
+/// Moments of different clocks must not meet. A clock that was set back is no error: `since` a later
+/// moment is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Moment(u64);
+
+impl Moment {
+    pub const fn from_nanos(nanos: u64) -> Self {
+        Self(nanos)
+    }
+
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    /// The moment `duration` later, or the last moment there is.
+    #[must_use]
+    pub fn plus(self, duration: Nanos) -> Self {
+        Self(self.0.saturating_add(duration.0))
+    }
+
+    /// How long ago `earlier` was: zero if it lies ahead, and at most `Nanos::MAX`.
+    pub fn since(self, earlier: Self) -> Nanos {
+        Nanos(self.0.saturating_sub(earlier.0)).min(Nanos::MAX)
     }
 }
 

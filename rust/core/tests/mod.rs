@@ -1,6 +1,8 @@
 //! Longer stories about the rules, told through their public face.
 
+mod breaker;
 mod graph;
 mod join;
+mod limiter;
 mod retry;
 mod time;

@@ -1,6 +1,6 @@
-//! Seconds in, seconds out.
+//! Seconds in, seconds out, and the moments between.
 
-use crate::core::time::Nanos;
+use crate::core::time::{Moment, Nanos};
 
 #[test]
 fn test_seconds_survive_the_way_there_and_back() {
@@ -31,4 +31,16 @@ fn test_ten_years_is_the_longest_duration() {
     assert_eq!(Nanos::from_seconds("timeout", 315_576_000.0), Ok(Nanos::MAX));
     assert!((Nanos::MAX.as_seconds() - 3652.5 * 86_400.0).abs() < f64::EPSILON);
     assert_eq!(Nanos::default(), Nanos::ZERO);
+}
+
+#[test]
+fn test_moments_neither_overflow_nor_run_backwards() {
+    let [first, last] = [0, u64::MAX].map(Moment::from_nanos);
+    let nano = Nanos::from_seconds("nano", 1e-9);
+
+    assert_eq!(last.plus(Nanos::MAX), last);
+    assert_eq!(last.since(first), Nanos::MAX);
+    assert_eq!(first.since(last), Nanos::ZERO);
+    assert_eq!(nano.map(|nano| first.plus(nano)), Ok(Moment::from_nanos(1)));
+    assert_eq!(first.plus(Nanos::MAX).since(first), Nanos::MAX);
 }
