@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "configure_branches",
     "seconds",
+    "set_virtual_time",
 ]
 __version__: Final[str]
 
@@ -31,6 +32,7 @@ _T = TypeVar("_T")
 _D = TypeVar("_D")
 
 def configure_branches(native: bool, /) -> None: ...
+def set_virtual_time(seconds: float | None, /) -> None: ...
 @overload
 def seconds(name: str, value: Seconds, /) -> float: ...
 @overload

@@ -10,6 +10,8 @@ mod convert;
 
 mod asyncio;
 
+mod now;
+
 mod current;
 
 mod definition;
@@ -54,6 +56,8 @@ mod _core {
     use super::failure::ErrorContext;
     #[pymodule_export]
     use super::memory::MemoryStore;
+    #[pymodule_export]
+    use super::now::set_virtual_time;
     #[pymodule_export]
     use super::result::{BranchOutcome, SplitResult};
     #[pymodule_export]

@@ -31,6 +31,7 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeAlias, TypeVar, TypeVarTuple, cast
 
+from .. import _core
 from ._leaks import alive, entries
 
 _T = TypeVar("_T")
@@ -95,6 +96,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         deadline.turn = next(self._turns)
         return super().call_at(deadline, callback, *args, context=context)
 
+    def run_forever(self) -> None:
+        """Run until `stop` is called; meanwhile this thread's breakers and limiters read the same clock."""
+        _core.set_virtual_time(self._now)
+        try:
+            super().run_forever()
+        finally:
+            _core.set_virtual_time(None)
+
     def run_until_complete(self, future: Generator[Any, None, _T] | Awaitable[_T]) -> _T:
         """Run until the future is done, or until it never can be."""
         self._has_main = True
@@ -137,6 +146,8 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
     def _set_time(self, now: float) -> None:
         self._now = now
+        if self.is_running():
+            _core.set_virtual_time(now)
         # asyncio fires what is due before now + resolution. One unit in the last place makes that "at or before now" for
         # every size of now; the system clock's nanosecond would fire early, and never once now is above 2**24 s.
         self._clock_resolution = math.ulp(now)
