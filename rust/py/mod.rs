@@ -38,6 +38,8 @@ mod waiter;
 
 mod split;
 
+mod turns;
+
 mod drive;
 
 mod route;

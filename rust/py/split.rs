@@ -7,9 +7,6 @@
 //! A branch is a native `Branch`, started inside the parent's step; or an `asyncio.Task` with one native done-callback, where
 //! the loop is in debug mode, has a task factory, or somebody asked for it (compatibility mode).
 //!
-//! A native branch that yields nothing (`sleep(0)`) is queued. If every living branch is queued, the parent yields nothing as
-//! well and steps them all when it is resumed; otherwise a handle on the loop serves those that are queued when it is made.
-//!
 //! Invariants.
 //! - `alive` counts the branches that have started and not ended; the parent goes on only at zero.
 //! - The cell is never borrowed while Python runs: branches to cancel, start or step are taken out first.
@@ -53,25 +50,25 @@ struct Branch {
     ended: Ended,
 }
 
-struct State {
+pub(super) struct State {
     branches: Vec<Branch>,
     join: Join,
     next: usize,
-    alive: usize,
-    waiter: Option<Py<Waiter>>,
+    pub(super) alive: usize,
+    pub(super) waiter: Option<Py<Waiter>>,
     timer: Option<Py<PyAny>>,
     /// When attempts of branches are over, earliest first, and the timer for the first.
-    deadlines: VecDeque<(f64, Py<Run>)>,
-    deadline_timer: Option<Py<PyAny>>,
+    pub(super) deadlines: VecDeque<(f64, Py<Run>)>,
+    pub(super) deadline_timer: Option<Py<PyAny>>,
     /// Native branches that want another turn, oldest first.
-    queued: Vec<Py<PyAny>>,
+    pub(super) queued: Vec<Py<PyAny>>,
     /// Those that handles on the loop will step, one handle for each batch: a branch that lets others run first does so
     /// for all that was scheduled before, as a task does.
-    batches: VecDeque<Vec<Py<PyAny>>>,
+    pub(super) batches: VecDeque<Vec<Py<PyAny>>>,
     /// Whether done-callbacks of branches are on their way, which come before the parent.
     is_told: bool,
     /// Whether the parent is gone.
-    is_abandoned: bool,
+    pub(super) is_abandoned: bool,
     /// Whether branches are being started further up the stack.
     is_starting: bool,
     /// When a branch ended that was started by the loop which is still at it: then the next one starts.
@@ -119,7 +116,7 @@ const DEPTH_LIMIT: u32 = 32;
 
 #[pyclass(frozen, module = "cano._core")]
 pub(super) struct Split {
-    env: Py<Env>,
+    pub(super) env: Py<Env>,
     scope: Arc<Scope>,
     /// The state that a fork's branches run up to.
     until: usize,
@@ -128,7 +125,7 @@ pub(super) struct Split {
     context: Option<Py<PyAny>>,
     event_loop: Py<PyAny>,
     mode: Mode,
-    state: GilCell<State>,
+    pub(super) state: GilCell<State>,
 }
 
 impl Split {
@@ -310,35 +307,6 @@ impl Split {
         this.env.get().table.get().drive.bind(py).call1((run,))
     }
 
-    /// A branch wants to be called when an attempt's deadline is due: one timer serves all of them.
-    ///
-    /// Deadlines of equal limits come in order, so that each is added at the end; one that is over earlier than the last
-    /// finds its place from there. An attempt that ended in time leaves its entry, which then calls for nothing.
-    pub(super) fn arm(slf: &Bound<'_, Self>, due: f64, run: &Bound<'_, Run>) -> PyResult<()> {
-        let run = run.clone().unbind();
-        let is_first = slf.get().state.with(slf.py(), |state| {
-            let at = match state.deadlines.back() {
-                Some((last, _)) if *last > due => state.deadlines.partition_point(|(other, _)| *other <= due),
-                _ => state.deadlines.len(),
-            };
-            state.deadlines.insert(at, (due, run));
-            at == 0
-        });
-        if is_first { Self::arm_for_first(slf) } else { Ok(()) }
-    }
-
-    fn arm_for_first(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        let (first, old) =
-            this.state.with(py, |state| (state.deadlines.front().map(|(due, _)| *due), state.deadline_timer.take()));
-        disarm(py, old);
-        let Some(first) = first else { return Ok(()) };
-        let callback = slf.getattr(intern!(py, "_deadline"))?;
-        let timer = this.env.get().clock(py)?.call_at(py, first, callback)?;
-        this.state.with(py, |state| state.deadline_timer = Some(timer));
-        Ok(())
-    }
-
     /// A branch ended: records it, and carries out what follows.
     pub(super) fn ended(slf: &Bound<'_, Self>, index: usize, outcome: Came) {
         let (py, this) = (slf.py(), slf.get());
@@ -504,46 +472,9 @@ impl Split {
         Ok(Poll::Joined(verdict, SplitResult::new(ended, Some(origin))))
     }
 
-    /// The parent was resumed: steps the branches that wait for it to be.
-    pub(super) fn resumed(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        if this.state.with(py, |state| state.queued.is_empty()) {
-            return Ok(());
-        }
-        let _seat = branch::seat(this.event_loop(py))?;
-        // What would end the loop is known to the split already, and leaves through the parent.
-        drop(Self::step_queued(slf));
-        Ok(())
-    }
-
-    /// Steps every branch that is queued now. An error is one that ends the loop as well.
-    fn step_queued(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        let batch = this.state.with(py, |state| std::mem::take(&mut state.queued));
-        Self::step_batch(slf, batch)
-    }
-
-    fn step_batch(slf: &Bound<'_, Self>, batch: Vec<Py<PyAny>>) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        let mut batch = batch.into_iter();
-        while let Some(next) = batch.next() {
-            if let Err(error) = branch::step_in_context(next.bind(py), this.event_loop(py)) {
-                this.state.with(py, |state| state.queued.splice(0..0, batch).for_each(drop));
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
     /// Somebody who waits for a branch itself is told that it ended.
     pub(super) fn told(&self, py: Python<'_>) {
         self.state.with(py, |state| state.is_told = true);
-    }
-
-    /// A branch wants another turn.
-    pub(super) fn queue(slf: &Bound<'_, Self>, branch: &Bound<'_, PyAny>) {
-        let branch = branch.clone().unbind();
-        slf.get().state.with(slf.py(), |state| state.queued.push(branch));
     }
 
     /// What a callback of the loop did to branches may leave branches queued, or the parent with nothing to wait for.
@@ -551,32 +482,6 @@ impl Split {
         Self::schedule_queued(slf);
         let woken = slf.get().wake(slf.py(), outcome.is_ok());
         outcome.and(woken)
-    }
-
-    /// While the parent waits for its future, the loop has to step what is queued.
-    fn schedule_queued(slf: &Bound<'_, Self>) {
-        let (py, this) = (slf.py(), slf.get());
-        let wanted = this.state.with(py, |state| {
-            let wanted = (state.waiter.is_some() || state.is_abandoned) && !state.queued.is_empty();
-            if wanted {
-                let batch = std::mem::take(&mut state.queued);
-                state.batches.push_back(batch);
-            }
-            wanted
-        });
-        if !wanted {
-            return;
-        }
-        let scheduled = slf
-            .getattr(intern!(py, "_turn"))
-            .and_then(|turn| this.event_loop(py).call_method1(intern!(py, "call_soon"), (turn,)));
-        if let Err(error) = scheduled {
-            this.state.with(py, |state| {
-                let batch = state.batches.pop_back().unwrap_or_default();
-                state.queued = batch;
-            });
-            error.write_unraisable(py, Some(slf));
-        }
     }
 
     pub(super) fn event_loop<'py>(&self, py: Python<'py>) -> &Bound<'py, PyAny> {
@@ -650,28 +555,12 @@ impl Split {
 
     /// The event loop's timer calls this for the attempts whose deadline is due.
     fn _deadline(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let (py, this) = (slf.py(), slf.get());
-        let now = this.env.get().now(py)?;
-        let (due, timer) = this.state.with(py, |state| {
-            let count = state.deadlines.partition_point(|(due, _)| *due <= now);
-            (state.deadlines.drain(..count).collect::<Vec<_>>(), state.deadline_timer.take())
-        });
-        drop(timer);
-        let mut outcome = Ok(());
-        for (_, run) in due {
-            outcome = outcome.and(Run::_fire(run.bind(py)));
-        }
-        outcome.and(Self::arm_for_first(slf))
+        Self::deadline_came(slf)
     }
 
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
-        let outcome = {
-            let _seat = branch::seat(slf.get().event_loop(slf.py()))?;
-            let batch = slf.get().state.with(slf.py(), |state| state.batches.pop_front());
-            Self::step_batch(slf, batch.unwrap_or_default())
-        };
-        Self::after_callback(slf, outcome)
+        Self::turn_came(slf)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
