@@ -4,6 +4,7 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
+from ._batch import BatchTask
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -45,6 +46,7 @@ from ._workflow import Run, Workflow
 
 __all__ = [
     "AttemptTimeoutError",
+    "BatchTask",
     "BranchOutcome",
     "CanoError",
     "ConfigurationError",

@@ -1,3 +1,4 @@
+from asyncio import Future
 from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final, TypeVar, final, overload
 
@@ -18,6 +19,7 @@ __all__ = [
     "RetryMode",
     "Run",
     "RunContext",
+    "Split",
     "SplitResult",
     "Table",
     "TaskSpec",
@@ -268,6 +270,7 @@ class SplitResult:
     def values(self) -> list[Any]:
         """What the successful branches returned, in branch order."""
 
+    def _outcomes(self) -> list[BranchOutcome]: ...
     def __reduce__(self) -> tuple[object, ...]: ...
 
 @final
@@ -398,6 +401,7 @@ class TaskSpec:
     def name(self) -> str: ...
     @property
     def plan(self) -> Plan: ...
+    def of(self, first: Any) -> TaskSpec: ...
 
 @final
 class Factory:
@@ -417,6 +421,14 @@ class Table:
         ],
     ) -> Table: ...
     def check_initial(self, state: Any) -> None: ...
+
+@final
+class Split:
+    def push(self, task: TaskSpec) -> bool: ...
+    def room(self) -> Future[None]: ...
+    def _time_out(self) -> None: ...
+    def _deadline(self) -> None: ...
+    def _turn(self) -> None: ...
 
 @final
 class Run:
@@ -447,6 +459,13 @@ class Run:
     @property
     def deadline(self) -> float | None: ...
     def timed_out(self) -> BaseException: ...
+    def each(
+        self,
+        iterator: Iterator[TaskSpec] | None,
+        feeder: Callable[[Split], Coroutine[Any, Any, None]] | None,
+        concurrency: int,
+        /,
+    ) -> Run: ...
     def annotate(self, error: BaseException) -> None: ...
     @property
     def cr_await(self) -> Any: ...

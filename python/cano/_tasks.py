@@ -17,7 +17,19 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Generic, Literal, ParamSpec, Self, TypeVar, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 from weakref import WeakKeyDictionary
 
 from . import _core
@@ -47,6 +59,10 @@ class Task(Generic[S]):
 
     name: str
     config: TaskConfig | None = None
+
+    def _shim(self) -> tuple[Callable[..., Any], _core.Plan] | None:
+        """What the driver runs around the methods of a processing model; None where it runs the task itself."""
+        return None
 
 
 def states_of(given: Iterable[S]) -> Iterable[S]:
@@ -107,7 +123,7 @@ class SplitRequest(TaskResult[S]):
 
 # --- reading a signature ---------------------------------------------------------------------------------------------
 
-_Source = tuple[str, Any, Any]
+_Source: TypeAlias = tuple[str, Any, Any]
 _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
 # Remembered per function, without keeping it alive; bound to an object it has a parameter less.
 _function_plans: _Plans = WeakKeyDictionary()
@@ -137,17 +153,36 @@ def _refuse_generator(call: Callable[..., Any], name: str) -> None:
         raise ConfigurationError(f"task {name} is a generator function; a task returns its next state once")
 
 
+class Signature(NamedTuple):
+    """How a function of the user's wants to be called, and the states that its annotation lists."""
+
+    sources: list[_Source]
+    keywords: tuple[str, ...] | None
+    declared: tuple[Any, ...] | None
+    is_coroutine_function: bool
+
+
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:
+    return _core.Plan(*read_signature(call, name))
+
+
+def read_signature(call: Callable[..., Any], name: str, *, given: int = 0) -> Signature:
+    """Read the parameters of `call` after the first `given` ones, which it is called with anyway."""
     inner = _innermost(call)
     try:
         signature = inspect.signature(call)
     except (TypeError, ValueError):
         raise ConfigurationError(f"the signature of task {name} cannot be read; wrap it in a function") from None
+    parameters = list(signature.parameters.values())
+    positional = [p for p in parameters[:given] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < given:
+        raise ConfigurationError(f"{name} must take at least {given} positional parameter{'s' if given > 1 else ''}")
+    own = parameters[given:]
     sources: list[_Source] = []
     keywords: list[str] = []
     by_keyword = False
-    for parameter in signature.parameters.values():
-        source = _source(parameter, inner, name, alone=_takes_one(signature))
+    for parameter in own:
+        source = _source(parameter, inner, name, alone=_takes_one(own))
         if source is None:  # it has a default and asks for nothing of ours
             by_keyword = True
             continue
@@ -159,7 +194,7 @@ def _read(call: Callable[..., Any], name: str) -> _core.Plan:
                 )
             keywords.append(parameter.name)
     declared = _declared(_resolve(signature.return_annotation, inner, missing=None))
-    return _core.Plan(sources, tuple(keywords) or None, declared, inspect.iscoroutinefunction(call))
+    return Signature(sources, tuple(keywords) or None, declared, inspect.iscoroutinefunction(call))
 
 
 def _innermost(call: Callable[..., Any]) -> Any:
@@ -181,8 +216,8 @@ def _innermost(call: Callable[..., Any]) -> Any:
             inner = method
 
 
-def _takes_one(signature: inspect.Signature) -> bool:
-    return sum(1 for p in signature.parameters.values() if p.default is p.empty) == 1
+def _takes_one(parameters: list[inspect.Parameter]) -> bool:
+    return sum(1 for p in parameters if p.default is p.empty) == 1
 
 
 def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool) -> _Source | None:
@@ -276,14 +311,16 @@ def prepare(task: Any, config: TaskConfig | None = None) -> _core.TaskSpec:
     Raises:
         ConfigurationError: It is no task, or its signature asks for something that cannot be filled in.
     """
-    call = _callable(task)
+    shim = task._shim() if isinstance(task, Task) else None
+    call = _callable(task) if shim is None else shim[0]
     if config is None:
         config = getattr(task, "config", None)
     if config is not None and not isinstance(config, TaskConfig):
         raise ConfigurationError(f"config of task {name_of(task)} must be a TaskConfig, got {show(config)}")
     name = name_of(task)
-    plan = _plan(call, name, makes_branches=False)
-    return _core.TaskSpec(call, name, plan, None if config is None else config._policy)
+    policy = None if config is None else config._policy
+    plan = _plan(call, name, makes_branches=False) if shim is None else shim[1]
+    return _core.TaskSpec(call, name, plan, policy)
 
 
 def prepare_factory(tasks: Callable[..., object]) -> _core.Factory:

@@ -111,8 +111,12 @@ pub enum JoinVerdict {
 /// `TimedOut`. Invariants: a decided verdict never changes, and while undecided `ended() < total`.
 /// An empty split is decided at birth: Proceed under `All`, else Fail (which `check` refuses
 /// before).
+///
+/// A join may also be fed (`fed`): its branches come one after the other, and it is undecided until
+/// no more will. Then it proceeds with the last end, whatever the ends were.
 #[derive(Debug, Clone)]
 pub struct Join {
+    is_fed: bool,
     total: usize,
     need: usize,
     counts_failures: bool,
@@ -137,6 +141,7 @@ impl Join {
             JoinStrategy::PartialTimeout => (1, true, true),
         };
         let mut join = Self {
+            is_fed: false,
             total,
             need,
             counts_failures,
@@ -149,6 +154,37 @@ impl Join {
         };
         join.verdict = join.decide();
         join
+    }
+
+    /// Opens the books of a split that is fed with branches.
+    pub fn fed() -> Self {
+        Self {
+            is_fed: true,
+            total: 0,
+            need: 0,
+            counts_failures: true,
+            is_patient: true,
+            fail_fast: false,
+            succeeded: 0,
+            failed: 0,
+            cancelled: 0,
+            verdict: JoinVerdict::Undecided,
+        }
+    }
+
+    /// One branch more, of a split that is fed.
+    pub fn branch_added(&mut self) {
+        debug_assert!(self.is_fed, "only a split that is fed grows");
+        self.total += 1;
+    }
+
+    /// No more branches will come.
+    pub fn fed_up(&mut self) -> JoinVerdict {
+        self.is_fed = false;
+        if self.verdict == JoinVerdict::Undecided {
+            self.verdict = self.decide();
+        }
+        self.verdict
     }
 
     pub fn verdict(&self) -> JoinVerdict {
@@ -205,6 +241,9 @@ impl Join {
     }
 
     fn decide(&self) -> JoinVerdict {
+        if self.is_fed {
+            return JoinVerdict::Undecided;
+        }
         let open = self.total - self.ended();
         let is_met = self.reached() >= self.need && (open == 0 || !self.is_patient);
         let is_lost = open == 0 || (self.fail_fast && self.reached() + open < self.need);

@@ -2,6 +2,7 @@
 
 use pyo3::exceptions::{PyBaseException, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
@@ -211,9 +212,16 @@ impl Policy {
 /// Where one argument of a task comes from.
 pub(super) enum Source {
     Resources,
-    Resource { key: Py<PyAny>, class: Py<PyAny> },
+    Resource {
+        key: Py<PyAny>,
+        class: Py<PyAny>,
+    },
     Context,
-    Joined { optional: bool },
+    /// The run itself, for the tasks that cano writes around what a user's class has.
+    Run,
+    Joined {
+        optional: bool,
+    },
 }
 
 /// How a function wants to be called, read once from its signature, and the states its annotation declares.
@@ -242,6 +250,7 @@ impl Plan {
                 "resources" => Ok(Source::Resources),
                 "resource" => Ok(Source::Resource { key, class }),
                 "context" => Ok(Source::Context),
+                "run" => Ok(Source::Run),
                 "joined" => Ok(Source::Joined { optional: false }),
                 "joined or none" => Ok(Source::Joined { optional: true }),
                 other => Err(PyTypeError::new_err(format!("no such argument source: {other}"))),
@@ -270,7 +279,11 @@ impl Plan {
 
 impl Plan {
     pub(super) fn wants_context(&self) -> bool {
-        self.sources.iter().any(|source| matches!(source, Source::Context))
+        self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
+    }
+
+    fn wants_run(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Run))
     }
 }
 
@@ -300,6 +313,18 @@ impl TaskSpec {
         self.plan.clone_ref(py)
     }
 
+    /// The same with its first argument given.
+    fn of(&self, first: Py<PyAny>, py: Python<'_>) -> PyResult<Self> {
+        static PARTIAL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        let partial = PARTIAL.import(py, "functools", "partial")?;
+        Ok(Self {
+            call: partial.call1((&self.call, first))?.unbind(),
+            name: self.name.clone_ref(py),
+            plan: self.plan.clone_ref(py),
+            policy: self.policy.as_ref().map(|policy| policy.clone_ref(py)),
+        })
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.call)?;
         visit.call(&self.plan)?;
@@ -322,7 +347,7 @@ impl TaskSpec {
 
     /// Whether its coroutine can run as it is: nothing of the policy has to act around it.
     pub(super) fn is_plain_coroutine(&self) -> bool {
-        self.plan.get().is_coroutine_function && self.policy.is_none()
+        self.plan.get().is_coroutine_function && self.policy.is_none() && !self.plan.get().wants_run()
     }
 
     /// Calls the task with arguments in the order of the plan's sources.

@@ -65,6 +65,15 @@ pub(super) enum Program {
     Machine { until: Option<usize> },
     /// One task, whose value is the outcome: a branch with a policy of its own.
     Branch(Py<TaskSpec>),
+    /// Branches that come one after the other; the outcome is their `SplitResult`. What feeds them is taken at the start.
+    Items(Option<Items>),
+}
+
+/// What feeds a split: an iterator of tasks, or a function that makes the feeder's coroutine for the split.
+pub(super) struct Items {
+    pub(super) iterator: Option<Py<PyAny>>,
+    pub(super) feeder: Option<Py<PyAny>>,
+    pub(super) concurrency: usize,
 }
 
 pub(super) struct Drive {
@@ -93,6 +102,11 @@ impl Drive {
     /// Runs one task as a branch of the split in `state`.
     pub(super) fn branch(state: usize, task: Py<TaskSpec>) -> Self {
         Self::new(state, Phase::Call, Program::Branch(task))
+    }
+
+    /// Runs branches as they come, beside a task of `state`.
+    pub(super) fn items(state: usize, items: Items) -> Self {
+        Self::new(state, Phase::Call, Program::Items(Some(items)))
     }
 
     /// Goes on until the user's code suspends or the run ends.
@@ -136,7 +150,7 @@ impl Drive {
         let counted = if table.counts_visits { table.states.len() } else { 0 };
         let until = match self.program {
             Program::Machine { until } => until,
-            Program::Branch(_) => None,
+            Program::Branch(_) | Program::Items(_) => None,
         };
         loop {
             this.track.with(py, |track| track.enter(state, counted));
@@ -180,6 +194,10 @@ impl Drive {
         if let Program::Branch(task) = &self.program {
             let task = task.clone_ref(py);
             return self.begin(run, Work::Attempt, task.get());
+        }
+        if let Program::Items(items) = &mut self.program {
+            let items = items.take();
+            return self.open_items(run, items);
         }
         let table = run.get().env.get().table.get();
         match &table.states[self.state].kind {
@@ -238,6 +256,7 @@ impl Drive {
                         plan,
                         this.env.get(),
                         context,
+                        Some(run),
                         self.joined.as_ref().map(|joined| joined.bind(py).as_any()),
                     )?,
                 )
@@ -435,6 +454,7 @@ impl Drive {
     fn is_repeatable(&self, run: &Bound<'_, Run>) -> bool {
         let task = match &self.program {
             Program::Branch(task) => task,
+            Program::Items(_) => return false,
             Program::Machine { .. } => match &run.get().env.get().table.get().states[self.state].kind {
                 Kind::Task { task, .. } => task,
                 Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => return false,
@@ -451,8 +471,10 @@ impl Drive {
     /// The task of the present state, or of the branch.
     pub(super) fn task(&self, run: &Bound<'_, Run>) -> Option<Py<TaskSpec>> {
         let py = run.py();
-        if let Program::Branch(task) = &self.program {
-            return Some(task.clone_ref(py));
+        match &self.program {
+            Program::Branch(task) => return Some(task.clone_ref(py)),
+            Program::Items(_) => return None,
+            Program::Machine { .. } => {}
         }
         match &run.get().env.get().table.get().states[self.state].kind {
             Kind::Task { task, .. } | Kind::Factory { task, .. } => Some(task.clone_ref(py)),
@@ -509,8 +531,13 @@ impl Drive {
             Phase::Join(split) => visit.call(split)?,
             Phase::Enter(_) | Phase::Call | Phase::Over => {}
         }
-        if let Program::Branch(task) = &self.program {
-            visit.call(task)?;
+        match &self.program {
+            Program::Branch(task) => visit.call(task)?,
+            Program::Items(Some(items)) => {
+                visit.call(&items.iterator)?;
+                visit.call(&items.feeder)?;
+            }
+            Program::Items(None) | Program::Machine { .. } => {}
         }
         visit.call(&self.joined)?;
         self.timer.traverse(visit)

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString, PyTuple};
@@ -12,6 +13,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::asyncio::Clock;
 use super::definition::{Plan, Source};
 use super::errors::{self, WorkflowTimeoutError};
+use super::run::Run;
 use super::table::Table;
 
 type Found = HashMap<(usize, usize), (Py<Plan>, Py<PyAny>)>;
@@ -274,6 +276,7 @@ pub(super) fn arguments<'py>(
     plan: &Bound<'py, Plan>,
     env: &Env,
     context: impl Fn() -> RunContext,
+    run: Option<&Bound<'py, Run>>,
     joined: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = plan.py();
@@ -285,6 +288,10 @@ pub(super) fn arguments<'py>(
             Source::Resources => Ok(env.resources.bind(py).clone()),
             Source::Resource { key, class } => env.resource(plan, at, key, class),
             Source::Context => Ok(Bound::new(py, context())?.into_any()),
+            Source::Run => match run {
+                Some(run) => Ok(run.clone().into_any()),
+                None => Err(PyRuntimeError::new_err("a branch without a run of its own was asked for its run")),
+            },
             Source::Joined { optional } => match joined {
                 Some(result) => Ok((*result).clone()),
                 None if *optional => Ok(py.None().into_bound(py)),

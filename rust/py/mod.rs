@@ -40,6 +40,8 @@ mod split;
 
 mod turns;
 
+mod feed;
+
 mod drive;
 
 mod route;
@@ -64,6 +66,8 @@ mod _core {
     use super::result::{BranchOutcome, SplitResult};
     #[pymodule_export]
     use super::run::Run;
+    #[pymodule_export]
+    use super::split::Split;
     #[pymodule_export]
     use super::table::{Factory, Table};
 

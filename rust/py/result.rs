@@ -151,12 +151,13 @@ impl SplitResult {
         format!("{} succeeded, {failed} failed, {} cancelled of {total}", completed - failed, total - completed)
     }
 
-    fn outcomes<'py>(slf: &Bound<'py, Self>, failed: bool) -> PyResult<Bound<'py, PyList>> {
+    /// Those that succeeded, those that failed, or both.
+    fn select<'py>(slf: &Bound<'py, Self>, succeeded: bool, failed: bool) -> PyResult<Bound<'py, PyList>> {
         let py = slf.py();
         let list = PyList::empty(py);
         for (index, branch) in slf.get().branches.iter().enumerate() {
             let (value, error, result) = match &branch.end {
-                End::Value(value) if !failed => (value.clone_ref(py), None, None),
+                End::Value(value) if succeeded => (value.clone_ref(py), None, None),
                 End::Error(error) if failed => (py.None(), Some(error.clone_ref(py)), Some(slf.clone().unbind())),
                 _ => continue,
             };
@@ -198,12 +199,17 @@ impl SplitResult {
 
     #[getter]
     fn successes<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
-        Self::outcomes(slf, false)
+        Self::select(slf, true, false)
     }
 
     #[getter]
     fn errors<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
-        Self::outcomes(slf, true)
+        Self::select(slf, false, true)
+    }
+
+    /// What a batch finishes with: every item's outcome, in input order.
+    fn _outcomes<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyList>> {
+        Self::select(slf, true, true)
     }
 
     #[getter]

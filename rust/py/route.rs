@@ -5,14 +5,15 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
-use crate::core::join::JoinVerdict;
+use crate::core::join::{Join, JoinVerdict};
 
 use super::definition::TaskSpec;
-use super::drive::{Drive, Flow, Phase};
+use super::drive::{Drive, Flow, Items, Phase, Program};
 use super::env::Env;
 use super::errors::{
     InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
 };
+use super::feed::Feed;
 use super::result::SplitResult;
 use super::run::{Input, Run};
 use super::split::{Poll, Split, Start};
@@ -179,6 +180,18 @@ impl Drive {
         self.join(run, split, None)
     }
 
+    /// Opens a split that is fed.
+    pub(super) fn open_items<'py>(&mut self, run: &Bound<'py, Run>, items: Option<Items>) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        let Some(items) = items else { unreachable!("a run of items opens its split once") };
+        self.fresh = true;
+        let feed = Some(Feed::new(items.iterator));
+        let split = Split::new(run, self.state, Vec::new(), Join::fed(), (0, Some(items.concurrency)), feed)?;
+        let feeder = items.feeder.map(|feeder| feeder.bind(py).call1((&split,))).transpose()?;
+        Split::begin(&split, None, feeder)?;
+        self.join(run, split.unbind(), None)
+    }
+
     /// Waits for a split, or takes its result.
     pub(super) fn join<'py>(
         &mut self,
@@ -206,6 +219,9 @@ impl Drive {
             Poll::Joined(verdict, result) => (verdict, result),
         };
         self.timer.settle(py, None)?;
+        if matches!(self.program, Program::Items(_)) {
+            return Ok(Flow::Finish(Bound::new(py, result)?.into_any()));
+        }
         let Some(join) = table.states[self.state].join() else {
             unreachable!("a split was opened from a state that has a join")
         };

@@ -23,7 +23,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi, intern};
 
-use super::drive::{Advance, Drive};
+use super::drive::{Advance, Drive, Items};
 use super::env::{Budget, Env, Scope};
 use super::errors::TaskExecutionError;
 use super::failure::{Failure, Trail};
@@ -170,6 +170,8 @@ pub(super) struct Run {
     pub(super) scope: Option<(Arc<Scope>, usize)>,
     /// Of a branch: the split that calls it when a deadline is due.
     pub(super) split: Option<Py<Split>>,
+    /// Whether another run looks after the budget: a branch's parent, or the run whose task made this one.
+    is_part: bool,
     drive: GilCell<Option<Box<Drive>>>,
     owner: OnceLock<ThreadId>,
 }
@@ -185,11 +187,23 @@ impl Run {
         Self {
             env,
             track: GilCell::new(Track { state, ..Track::default() }),
+            is_part: scope.is_some(),
             scope,
             split,
             drive: GilCell::new(Some(Box::new(drive))),
             owner: OnceLock::new(),
         }
+    }
+
+    /// A part of this run, beside its present task: branches that come one after the other.
+    fn part(&self, py: Python<'_>, items: Items) -> Self {
+        let (path, entered) = self.path_copy(py);
+        let (state, visits) = self.track.with(py, |track| (track.state, track.visits.clone()));
+        let drive = Drive::items(state, items);
+        let mut part = Self::with_drive(self.env.clone_ref(py), state, drive, self.scope.clone(), None);
+        part.track = GilCell::new(Track { state, path: path.into(), entered, visits, over: false });
+        part.is_part = true;
+        part
     }
 
     /// The drive, if the run is suspended; refused on a foreign thread.
@@ -206,9 +220,9 @@ impl Run {
         self.drive.with(py, |cell| *cell = Some(drive));
     }
 
-    /// The whole-run timeout, if this run has a timer for it: a branch's parent has one, and cancels the branch.
+    /// The whole-run timeout, if this run has a timer for it: what it is a part of has one, and cancels it.
     pub(super) fn budget(&self) -> Option<Budget> {
-        self.env.get().budget.filter(|_| self.scope.is_none())
+        self.env.get().budget.filter(|_| !self.is_part)
     }
 
     /// The error, if the budget is used up by now.
@@ -421,6 +435,12 @@ impl Run {
         let py = error.py();
         self.failure(py).annotate(py, self.env.get(), &self.trail(py)?, error);
         Ok(())
+    }
+
+    /// Runs tasks as they come, so many at once, and gives their `SplitResult`.
+    #[pyo3(signature = (iterator, feeder, concurrency, /))]
+    fn each(&self, py: Python<'_>, iterator: Option<Py<PyAny>>, feeder: Option<Py<PyAny>>, concurrency: usize) -> Self {
+        self.part(py, Items { iterator, feeder, concurrency })
     }
 
     #[getter]

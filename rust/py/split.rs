@@ -26,11 +26,11 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 
 use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
-use super::current::Seat;
 use super::definition::TaskSpec;
 use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, WorkflowTimeoutError, from_panic};
+use super::feed::{FEEDER, Feed};
 use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
 use super::run::{GilCell, Run};
@@ -43,16 +43,26 @@ pub(super) enum Start {
     State(usize),
 }
 
-struct Branch {
+pub(super) struct Branch {
     /// Taken when the branch is started.
     start: Option<Start>,
     task: Option<Py<PyAny>>,
     ended: Ended,
 }
 
+impl Branch {
+    pub(super) fn new(py: Python<'_>, env: &Env, start: Start) -> Self {
+        Self {
+            ended: Ended { name: branch_name(py, env, &start), end: End::Cancelled, elapsed: 0.0 },
+            start: Some(start),
+            task: None,
+        }
+    }
+}
+
 pub(super) struct State {
-    branches: Vec<Branch>,
-    join: Join,
+    pub(super) branches: Vec<Branch>,
+    pub(super) join: Join,
     next: usize,
     pub(super) alive: usize,
     pub(super) waiter: Option<Py<Waiter>>,
@@ -73,13 +83,29 @@ pub(super) struct State {
     is_starting: bool,
     /// When a branch ended that was started by the loop which is still at it: then the next one starts.
     last_end: Option<f64>,
+    /// Where further branches come from.
+    pub(super) feed: Option<Feed>,
     /// What was thrown into the parent, or a `BaseException` of a branch: nothing more is started, and it leaves the run.
-    interrupted: Option<PyErr>,
+    pub(super) interrupted: Option<PyErr>,
 }
 
 impl State {
-    fn goes_on(&self) -> bool {
+    pub(super) fn goes_on(&self) -> bool {
         self.interrupted.is_none() && self.join.verdict() == JoinVerdict::Undecided
+    }
+
+    /// Whether another branch may start, if there is one; the feeder takes nobody's place.
+    pub(super) fn has_room(&self, bulkhead: usize) -> bool {
+        let feeders = usize::from(self.feed.as_ref().is_some_and(|feed| feed.is_feeding));
+        self.goes_on() && self.alive - feeders < bulkhead
+    }
+
+    /// The task of a branch, or of the feeder.
+    fn task(&mut self, index: usize) -> Option<&mut Option<Py<PyAny>>> {
+        if index == FEEDER {
+            return self.feed.as_mut().map(|feed| &mut feed.feeder);
+        }
+        self.branches.get_mut(index).map(|branch| &mut branch.task)
     }
 }
 
@@ -120,9 +146,9 @@ pub(super) struct Split {
     scope: Arc<Scope>,
     /// The state that a fork's branches run up to.
     until: usize,
-    bulkhead: usize,
+    pub(super) bulkhead: usize,
     /// The parent's context, for branches that are started later; None where all start at once.
-    context: Option<Py<PyAny>>,
+    pub(super) context: Option<Py<PyAny>>,
     event_loop: Py<PyAny>,
     mode: Mode,
     pub(super) state: GilCell<State>,
@@ -131,33 +157,37 @@ pub(super) struct Split {
 impl Split {
     /// Starts as many branches as the bulkhead lets through.
     pub(super) fn open(run: &Bound<'_, Run>, state: usize, starts: Vec<Start>, spec: &JoinSpec) -> PyResult<Py<Split>> {
+        let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
+        let split = Self::new(run, state, starts, join, (spec.next, spec.bulkhead), None)?;
+        Self::begin(&split, spec.timeout, None)?;
+        Ok(split.unbind())
+    }
+
+    pub(super) fn new<'py>(
+        run: &Bound<'py, Run>,
+        state: usize,
+        starts: Vec<Start>,
+        join: Join,
+        (until, bulkhead): (usize, Option<usize>),
+        feed: Option<Feed>,
+    ) -> PyResult<Bound<'py, Split>> {
         let (py, this) = (run.py(), run.get());
         let env = this.env.get();
         let clock = env.clock(py)?;
         let visit = this.track.with(py, |track| track.visits.get(state).copied().unwrap_or(1));
         let (path, entered) = this.path_copy(py);
         let scope = Scope { parent: this.scope.clone(), state, visit, path: path.into(), entered };
-        let event_loop = clock.event_loop.bind(py);
-        let seat = branch::is_chosen(py).then(|| branch::seat(event_loop)).transpose()?.filter(Seat::is_taken);
-        let mode = Mode::choose(py, clock, env.label(py, state), seat.is_some())?;
-        let seat = seat.filter(|_| matches!(mode, Mode::Native));
-        let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
-        let branches = starts
-            .into_iter()
-            .map(|start| Branch {
-                ended: Ended { name: branch_name(py, env, &start), end: End::Cancelled, elapsed: 0.0 },
-                start: Some(start),
-                task: None,
-            })
-            .collect();
-        let split = Bound::new(
+        let has_parent = branch::is_chosen(py) && !branch::is_free(clock.event_loop.bind(py))?;
+        let mode = Mode::choose(py, clock, env.label(py, state), has_parent)?;
+        let branches = starts.into_iter().map(|start| Branch::new(py, env, start)).collect();
+        Bound::new(
             py,
             Split {
                 env: this.env.clone_ref(py),
                 scope: Arc::new(scope),
-                until: spec.next,
-                bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
-                context: spec.bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
+                until,
+                bulkhead: bulkhead.unwrap_or(usize::MAX),
+                context: bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
                 state: GilCell::new(State {
@@ -175,22 +205,38 @@ impl Split {
                     is_abandoned: false,
                     is_starting: false,
                     last_end: None,
+                    feed,
                     interrupted: None,
                 }),
             },
-        )?;
-        if let Some(seconds) = spec.timeout {
-            let callback = split.getattr(intern!(py, "_time_out"))?;
-            let timer = clock.call_at(py, clock.now(py)? + seconds, callback)?;
-            split.get().state.with(py, |state| state.timer = Some(timer));
+        )
+    }
+
+    /// Starts as many branches as the bulkhead lets through, inside the parent's step.
+    pub(super) fn begin(slf: &Bound<'_, Self>, timeout: Option<f64>, feeder: Option<Bound<'_, PyAny>>) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
+        if let Some(seconds) = timeout {
+            let clock = this.env.get().clock(py)?;
+            let timer = clock.call_at(py, clock.now(py)? + seconds, slf.getattr(intern!(py, "_time_out"))?)?;
+            this.state.with(py, |state| state.timer = Some(timer));
         }
-        Self::start(&split, true);
-        drop(seat);
-        Ok(split.unbind())
+        let _seat = match this.mode {
+            Mode::Native => Some(branch::seat(this.event_loop(py))?),
+            Mode::Compatible { .. } => None,
+        };
+        if let Some(feeder) = feeder {
+            this.state.with(py, |state| {
+                state.alive += 1;
+                state.feed.as_mut().map(|feed| feed.is_feeding = true)
+            });
+            Self::start_coroutine(slf, FEEDER, feeder, true)?;
+        }
+        Self::start(slf, true);
+        Ok(())
     }
 
     /// Starts branches while the bulkhead has room and nothing is decided. `at_once`: inside the parent's own step.
-    fn start(slf: &Bound<'_, Self>, at_once: bool) {
+    pub(super) fn start(slf: &Bound<'_, Self>, at_once: bool) {
         let (py, this) = (slf.py(), slf.get());
         // A branch that ends while it is started leaves its place to the loop below, not to one within it.
         if this.state.with(py, |state| std::mem::replace(&mut state.is_starting, true)) {
@@ -199,7 +245,7 @@ impl Split {
         DEPTH.set(DEPTH.get() + 1);
         loop {
             let next = this.state.with(py, |state| {
-                if !state.goes_on() || state.alive >= this.bulkhead || state.next == state.branches.len() {
+                if !state.has_room(this.bulkhead) || state.next == state.branches.len() {
                     return None;
                 }
                 let index = state.next;
@@ -207,7 +253,12 @@ impl Split {
                 state.alive += 1;
                 Some((index, state.branches[index].start.take()))
             });
-            let Some((index, start)) = next else { break };
+            let Some((index, start)) = next else {
+                if Self::take_from_feed(slf) {
+                    continue;
+                }
+                break;
+            };
             let made = start
                 .ok_or_else(|| PyRuntimeError::new_err("a branch was started twice"))
                 .and_then(|start| Self::start_one(slf, index, start, at_once));
@@ -244,7 +295,7 @@ impl Split {
                 if plan.get().sources.is_empty() {
                     task.get().call_bare(py)?
                 } else {
-                    task.get().call(py, arguments(plan, env, context, None)?)?
+                    task.get().call(py, arguments(plan, env, context, None, None)?)?
                 }
             }
             Start::Task(task) => {
@@ -256,6 +307,16 @@ impl Split {
                 Self::driven(slf, first, drive, place)?
             }
         };
+        Self::start_coroutine(slf, index, coroutine, at_once)
+    }
+
+    fn start_coroutine(
+        slf: &Bound<'_, Self>,
+        index: usize,
+        coroutine: Bound<'_, PyAny>,
+        at_once: bool,
+    ) -> PyResult<()> {
+        let (py, this) = (slf.py(), slf.get());
         match &this.mode {
             Mode::Native => Self::start_native(slf, index, coroutine, at_once),
             Mode::Compatible { make_task, options } => {
@@ -269,7 +330,7 @@ impl Split {
                 };
                 let done = Done { split: slf.clone().unbind(), index };
                 task.call_method1(intern!(py, "add_done_callback"), (done,))?;
-                this.state.with(py, |state| state.branches[index].task = Some(task.unbind()));
+                this.keep(py, index, task.unbind());
                 Ok(())
             }
         }
@@ -281,10 +342,12 @@ impl Split {
             Some(context) if !at_once => branch::copy_of(context.bind(py))?,
             _ => branch::copy_context(py)?,
         };
-        let name = this.state.with(py, |state| state.branches[index].ended.name.clone_ref(py));
+        let name = this.state.with(py, |state| match state.branches.get(index) {
+            Some(branch) => branch.ended.name.clone_ref(py),
+            None => this.env.get().label(py, this.scope.state).clone().unbind(),
+        });
         let branch = branch::new(slf, index, name, coroutine, context)?;
-        let kept = branch.clone().unbind();
-        this.state.with(py, |state| state.branches[index].task = Some(kept));
+        this.keep(py, index, branch.clone().unbind());
         if DEPTH.get() > DEPTH_LIMIT {
             Self::queue(slf, &branch);
             return Ok(());
@@ -292,6 +355,10 @@ impl Split {
         // What would end the loop is known to the split already, and leaves through the parent.
         drop(branch::step_in_context(&branch, this.event_loop(py)));
         Ok(())
+    }
+
+    fn keep(&self, py: Python<'_>, index: usize, task: Py<PyAny>) {
+        self.state.with(py, |state| state.task(index).map(|place| *place = Some(task)));
     }
 
     /// A branch that needs a run of its own, inside a real coroutine.
@@ -310,7 +377,8 @@ impl Split {
     /// A branch ended: records it, and carries out what follows.
     pub(super) fn ended(slf: &Bound<'_, Self>, index: usize, outcome: Came) {
         let (py, this) = (slf.py(), slf.get());
-        if this.record(py, index, outcome) {
+        let goes_on = if index == FEEDER { this.feeder_ended(py, outcome) } else { this.record(py, index, outcome) };
+        if goes_on {
             Self::start(slf, false);
         }
     }
@@ -347,6 +415,20 @@ impl Split {
         goes_on
     }
 
+    /// What feeds the split ended: no more branches come. An exception is the split's own.
+    fn feeder_ended(&self, py: Python<'_>, outcome: Came) -> bool {
+        let error = outcome.err().map(|error| PyErr::from_value(error.into_bound(py).into_any()));
+        let dropped = self.state.with(py, |state| {
+            state.alive -= 1;
+            state.feed.as_mut().and_then(|feed| {
+                feed.is_feeding = false;
+                feed.feeder.take()
+            })
+        });
+        drop(dropped);
+        self.fed_up(py, error)
+    }
+
     /// An `Exception` is a failure of its branch, unless it is the end of this run's budget. That ends the whole run, as does a
     /// `BaseException`, other than a cancel, which ends its branch alone (`Err(None)`).
     fn as_failure(&self, py: Python<'_>, error: Py<PyBaseException>) -> Result<Py<PyBaseException>, Option<PyErr>> {
@@ -374,12 +456,15 @@ impl Split {
 
     /// The branches that have started and not ended.
     fn living(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
-        let task = |branch: &Branch| Some(branch.task.as_ref()?.clone_ref(py));
-        self.state.with(py, |state| state.branches.iter().filter_map(task).collect())
+        self.state.with(py, |state| {
+            let feeder = state.feed.iter().filter_map(|feed| feed.feeder.as_ref());
+            let tasks = state.branches.iter().filter_map(|branch| branch.task.as_ref());
+            feeder.chain(tasks).map(|task| task.clone_ref(py)).collect()
+        })
     }
 
     /// Cancels every branch that is alive.
-    fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
+    pub(super) fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
         for task in self.living(py) {
             let task = task.bind(py);
             let cancelled = match (&self.mode, message) {
@@ -451,16 +536,16 @@ impl Split {
             Self::schedule_queued(slf);
             return Ok(Poll::Waiting(waiter.into_any()));
         }
-        let (timers, interrupted, verdict, branches, deadlines) = this.state.with(py, |state| {
+        let (timers, interrupted, verdict, branches, left) = this.state.with(py, |state| {
             (
                 [state.timer.take(), state.deadline_timer.take()],
                 state.interrupted.take(),
                 state.join.verdict(),
                 std::mem::take(&mut state.branches),
-                std::mem::take(&mut state.deadlines),
+                (std::mem::take(&mut state.deadlines), state.feed.take()),
             )
         });
-        drop(deadlines);
+        drop(left);
         for timer in timers {
             disarm(py, timer);
         }
@@ -553,6 +638,16 @@ impl Split {
         Self::after_callback(slf, Ok(()))
     }
 
+    /// Gives the split one more branch; whether it can do with another at once.
+    fn push(slf: &Bound<'_, Self>, task: Py<TaskSpec>) -> PyResult<bool> {
+        Self::fed(slf, task)
+    }
+
+    /// A future that is done when the split can do with another branch.
+    fn room<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        Self::room_for_more(slf)
+    }
+
     /// The event loop's timer calls this for the attempts whose deadline is due.
     fn _deadline(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::deadline_came(slf)
@@ -576,6 +671,9 @@ impl Split {
                 visit.call(&state.waiter)?;
                 visit.call(&state.timer)?;
                 visit.call(&state.deadline_timer)?;
+                if let Some(feed) = &state.feed {
+                    feed.traverse(&visit)?;
+                }
                 for branch in state.batches.iter().flatten().chain(&state.queued) {
                     visit.call(branch)?;
                 }

@@ -252,3 +252,17 @@ fn test_parameters_out_of_range_are_refused() {
     assert_eq!(JoinStrategy::partial_results(1), Ok(JoinStrategy::PartialResults(1)));
     assert_eq!(JoinStrategy::percentage(1.0), Ok(JoinStrategy::Percentage(1.0)));
 }
+
+#[test]
+fn test_a_fed_join_proceeds_when_no_more_come_and_all_have_ended() {
+    // BT-003: failures fill their places like successes
+    let mut join = Join::fed();
+    for outcome in [Outcome::Succeeded, Outcome::Failed] {
+        join.branch_added();
+        assert_eq!(join.branch_ended(outcome), JoinVerdict::Undecided);
+    }
+    join.branch_added();
+    assert_eq!(join.fed_up(), JoinVerdict::Undecided);
+    assert_eq!(join.branch_ended(Outcome::Failed), JoinVerdict::Proceed);
+    assert_eq!(Join::fed().fed_up(), JoinVerdict::Proceed);
+}
