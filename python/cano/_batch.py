@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Hashable, Iterable
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from . import _core
 from ._config import Seconds, TaskConfig
@@ -68,7 +68,7 @@ class BatchTask(Task[S]):
         'done'
     """
 
-    concurrency: ClassVar[int] | int = 1
+    concurrency: int = 1
     item_retry: RetryMode = RetryMode.none()
     item_timeout: Seconds | None = None
 
@@ -77,8 +77,8 @@ class BatchTask(Task[S]):
         concurrency = self.concurrency
         if type(concurrency) is not int or concurrency < 1:
             raise ConfigurationError(f"concurrency of {name} must be an int of at least 1, got {show(concurrency)}")
-        load, finish = self._method("load", 0), self._method("finish", 1)
-        process = self._method("process_item", 1)
+        load, finish = self._method("load", ""), self._method("finish", "outcomes")
+        process = self._method("process_item", "item")
         reading, finishing = read_signature(load, f"{name}.load"), read_signature(finish, f"{name}.finish", given=1)
         item = _core.TaskSpec(process, f"{name}.process_item", self._item_plan(process, name), self._item_policy())
         split_at = len(reading.sources)
@@ -95,14 +95,13 @@ class BatchTask(Task[S]):
             return await _value(_call(finish, (result._outcomes(), *arguments[split_at:]), finishing.keywords))
 
         sources = [("run", None, None), *reading.sources, *finishing.sources]
-        return run_batch, _core.Plan(sources, None, finishing.declared, True)
+        return run_batch, _core.Plan(sources, None, finishing.declared, is_coroutine_function=True)
 
-    def _method(self, method: str, given: int) -> Callable[..., Any]:
-        found = getattr(self, method, None)
+    def _method(self, name: str, takes: str) -> Callable[..., Any]:
+        found = getattr(self, name, None)
         if not callable(found):
-            what = ("the items", "one item", "the outcomes")[("load", "process_item", "finish").index(method)]
             raise ConfigurationError(
-                f"{type(self).__qualname__} has no method {method} (for {what}), which a BatchTask needs"
+                f"{type(self).__qualname__} has no method {name}({takes}), which a BatchTask needs"
             )
         return found  # type: ignore[no-any-return]
 

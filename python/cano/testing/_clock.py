@@ -31,7 +31,8 @@ from functools import partial
 from itertools import count
 from typing import Any, TypeAlias, TypeVar, TypeVarTuple, cast
 
-from .. import _core
+from cano import _core
+
 from ._leaks import alive, entries
 
 _T = TypeVar("_T")
