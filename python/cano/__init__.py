@@ -4,12 +4,16 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
+from ._breaker import CircuitSnapshot, CircuitState
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
+    CircuitBreaker,
+    CircuitPolicy,
     ErrorContext,
     JoinStrategy,
     MemoryStore,
+    Permit,
     RetryMode,
     RunContext,
     SplitResult,
@@ -18,6 +22,7 @@ from ._core import (
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
+    CircuitOpenError,
     ConfigurationError,
     DuplicateResourceError,
     InvalidTransitionError,
@@ -47,6 +52,11 @@ __all__ = [
     "AttemptTimeoutError",
     "BranchOutcome",
     "CanoError",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "CircuitPolicy",
+    "CircuitSnapshot",
+    "CircuitState",
     "ConfigurationError",
     "DuplicateResourceError",
     "ErrorContext",
@@ -60,6 +70,7 @@ __all__ = [
     "KeyNotFoundError",
     "MemoryStore",
     "NonRetryable",
+    "Permit",
     "Res",
     "Resource",
     "ResourceError",
