@@ -5,12 +5,16 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 """
 
 from ._batch import BatchTask
+from ._breaker import CircuitSnapshot, CircuitState
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
+    CircuitBreaker,
+    CircuitPolicy,
     ErrorContext,
     JoinStrategy,
     MemoryStore,
+    Permit,
     RetryMode,
     RunContext,
     SplitResult,
@@ -19,6 +23,7 @@ from ._core import (
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
+    CircuitOpenError,
     ConfigurationError,
     DuplicateResourceError,
     InvalidTransitionError,
@@ -49,6 +54,11 @@ __all__ = [
     "BatchTask",
     "BranchOutcome",
     "CanoError",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "CircuitPolicy",
+    "CircuitSnapshot",
+    "CircuitState",
     "ConfigurationError",
     "DuplicateResourceError",
     "ErrorContext",
@@ -62,6 +72,7 @@ __all__ = [
     "KeyNotFoundError",
     "MemoryStore",
     "NonRetryable",
+    "Permit",
     "Res",
     "Resource",
     "ResourceError",

@@ -16,6 +16,7 @@
     │   └── NonRetryable
     ├── RetryExhaustedError
     ├── AttemptTimeoutError (TimeoutError)
+    ├── CircuitOpenError
     ├── StoreError
     │   ├── KeyNotFoundError (KeyError)
     │   └── StoreTypeError (TypeError)
@@ -270,6 +271,22 @@ class AttemptTimeoutError(CanoError, TimeoutError):
     def __init__(self, message: str, limit: float = 0.0) -> None:
         super().__init__(message)
         self.limit = limit
+
+
+class CircuitOpenError(CanoError):
+    """A circuit breaker did not let a call through.
+
+    Attributes:
+        breaker: The breaker's name, or None.
+        retry_after: Seconds until the breaker lets a call through, at most; None if only its ``reset()`` ends that.
+    """
+
+    category = "circuit"
+
+    def __init__(self, message: str, breaker: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.breaker = breaker
+        self.retry_after = retry_after
 
 
 class StoreError(CanoError):

@@ -87,7 +87,7 @@ impl fmt::Display for Error {
             Self::MinimumAboveWindow { minimum_calls, window } => {
                 write!(f, "minimum_calls must be at most the calls of the window ({window}), got {minimum_calls}")
             }
-            Self::RateMissing => f.write_str("a window needs failure_rate or slow_call, got neither"),
+            Self::RateMissing => f.write_str("a rate needs failure_rate or slow_call_rate, got neither"),
             Self::Budget { name, amount, least, limit } => {
                 write!(f, "{name} must be at least {least} and at most {limit}, got {amount}")
             }

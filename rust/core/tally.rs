@@ -23,12 +23,12 @@ pub enum Window {
 impl Window {
     /// The last `calls`, 1..=10,000.
     pub fn calls(calls: i64) -> Result<Self, Error> {
-        counted("window", calls, WIDEST).map(Self::Calls)
+        counted("calls", calls, WIDEST).map(Self::Calls)
     }
 
     /// The calls of the last `duration`, above zero.
     pub fn time(duration: Nanos) -> Result<Self, Error> {
-        lasting("window", duration).map(Self::Time)
+        lasting("seconds", duration).map(Self::Time)
     }
 }
 

@@ -3,12 +3,14 @@
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyString;
 
 use crate::core::error::Error;
 
 /// The classes of `python/cano/_errors.py`; they are written there, so that they pickle, type and document like Python.
 mod python {
     pyo3::import_exception!(cano._errors, AttemptTimeoutError);
+    pyo3::import_exception!(cano._errors, CircuitOpenError);
     pyo3::import_exception!(cano._errors, ConfigurationError);
     pyo3::import_exception!(cano._errors, InvalidTransitionError);
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
@@ -39,6 +41,15 @@ fn helper<'py>(py: Python<'py>, cell: &'static PyOnceLock<Py<PyAny>>, name: &str
 pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
     static SHOW: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
+}
+
+/// Refuses what is no printable text of 1 to `limit` bytes.
+pub(super) fn check_text(what: &str, text: &Bound<'_, PyAny>, limit: usize) -> PyResult<()> {
+    static CHECK_TEXT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    if !text.is_instance_of::<PyString>() {
+        return Err(ConfigurationError::new_err(format!("{what} must be a text, got {}", show(text)?)));
+    }
+    helper(text.py(), &CHECK_TEXT, "check_text")?.call1((what, text, limit)).map(drop)
 }
 
 /// The name of a state in messages and keys.

@@ -18,6 +18,10 @@ mod definition;
 
 mod memory;
 
+mod circuit_policy;
+
+mod breaker;
+
 mod table;
 
 mod env;
@@ -50,6 +54,10 @@ mod route;
 mod _core {
     #[pymodule_export]
     use super::branch::configure_branches;
+    #[pymodule_export]
+    use super::breaker::{PyBreaker, PyPermit};
+    #[pymodule_export]
+    use super::circuit_policy::PyCircuitPolicy;
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]

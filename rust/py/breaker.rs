@@ -1,0 +1,415 @@
+//! Circuit breakers, their permits, and `async with`.
+//!
+//! The core's breaker is under a lock that is held for one question at a time, and never while Python runs: decide, unlock,
+//! then tell `on_change`. The `Gate` around the lock is shared with the permits, so that they hold no Python object and can
+//! give themselves back wherever they are dropped.
+//!
+//! An `async with` block needs a permit of its own, whichever task ends it and in whichever order, but all that its end is
+//! told is the breaker. It keeps one thing more: Python looks `__aexit__` up when the block begins, once and before it calls
+//! `__aenter__` (so does `AsyncExitStack`), and calls what it found when the block ends. Here that is a new `BlockEnd` for
+//! whoever looks. `__aenter__` puts the permit into the one that its thread has looked up last, so that a block owns its
+//! permit: one that is dropped without having ended drops it, too. An `__aenter__` that has no such end refuses.
+
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use pyo3::exceptions::PyException;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple, PyType};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::core::breaker::{Admission, Breaker, Change, Outcome, Permit, Snapshot, State};
+
+use super::circuit_policy::{Given, PyCircuitPolicy};
+use super::errors::{CircuitOpenError, ConfigurationError, check_text, show};
+use super::now::now;
+
+const LONGEST_NAME: usize = 128;
+
+/// A breaker of the core, as all who use it share it.
+struct Gate(Mutex<Breaker>);
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, Breaker> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A permit that knows its breaker; dropped, it is given back as ignored.
+pub(super) struct Grant {
+    gate: Arc<Gate>,
+    permit: Option<Permit>,
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if let Some(permit) = self.permit.take() {
+            self.gate.lock().record(permit, Outcome::Ignored, now()); // never a change of state
+        }
+    }
+}
+
+/// Lets calls through to something that fails, or spares it them.
+#[pyclass(frozen, weakref, module = "cano", name = "CircuitBreaker")]
+pub(super) struct PyBreaker {
+    gate: Arc<Gate>,
+    #[pyo3(get)]
+    policy: Py<PyCircuitPolicy>,
+    #[pyo3(get)]
+    name: Option<String>,
+    on_change: Option<Py<PyAny>>,
+}
+
+impl PyBreaker {
+    /// Lets a call through, or refuses it with `CircuitOpenError`.
+    pub(super) fn admit(slf: &Bound<'_, Self>) -> PyResult<Grant> {
+        let (this, now) = (slf.get(), now());
+        let mut breaker = this.gate.lock();
+        match breaker.acquire(now) {
+            Admission::Admitted { permit, change } => {
+                drop(breaker);
+                let grant = Grant { gate: Arc::clone(&this.gate), permit: Some(permit) };
+                Self::announce(slf, change);
+                Ok(grant)
+            }
+            Admission::Rejected { .. } => {
+                let snapshot = breaker.snapshot(now);
+                drop(breaker);
+                Err(this.refusal(&snapshot))
+            }
+        }
+    }
+
+    /// Takes back what `admit` of the same breaker has granted.
+    pub(super) fn settle(slf: &Bound<'_, Self>, mut grant: Grant, outcome: Outcome) {
+        if let Some(permit) = grant.permit.take() {
+            let change = slf.get().gate.lock().record(permit, outcome, now());
+            Self::announce(slf, change);
+        }
+    }
+
+    /// The error that a call would get at this moment; looking changes nothing.
+    #[expect(dead_code, reason = "for the retry loop")]
+    pub(super) fn rejection(&self) -> Option<PyErr> {
+        let snapshot = self.gate.lock().snapshot(now());
+        (snapshot.is_forced || snapshot.retry_after.is_some()).then(|| self.refusal(&snapshot))
+    }
+
+    fn refusal(&self, snapshot: &Snapshot) -> PyErr {
+        let retry_after = snapshot.retry_after.map(|wait| wait.as_seconds());
+        CircuitOpenError::new_err((
+            format!("circuit breaker{}", self.describe(snapshot)),
+            self.name.clone(),
+            retry_after,
+        ))
+    }
+
+    /// " payments is open; ..."
+    fn describe(&self, snapshot: &Snapshot) -> String {
+        let name = self.name.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+        let how = match (snapshot.state, snapshot.retry_after.map(|wait| wait.as_seconds())) {
+            (State::Closed, _) => "closed".to_owned(),
+            (State::Open, _) if snapshot.is_forced => "forced open; only reset() closes it".to_owned(),
+            (State::Open, Some(wait)) => format!("open; it lets a call through again in {wait:.3} s"),
+            (State::Open, None) => "open; it lets the next call through".to_owned(),
+            (State::HalfOpen, None) => "half-open; it lets the next call through".to_owned(),
+            (State::HalfOpen, Some(wait)) => {
+                format!("half-open, with all its probes in flight; it lets a call through in at most {wait:.3} s")
+            }
+        };
+        format!("{name} is {how}")
+    }
+
+    fn announce(slf: &Bound<'_, Self>, change: Option<Change>) {
+        let (Some(Change { from, to }), Some(on_change)) = (change, &slf.get().on_change) else {
+            return;
+        };
+        let on_change = on_change.bind(slf.py());
+        let (from, to) = (circuit_state(slf.py(), from), circuit_state(slf.py(), to));
+        let told = from.and_then(|from| on_change.call1((slf, from, to?)));
+        if let Err(error) = told {
+            error.write_unraisable(slf.py(), Some(on_change));
+        }
+    }
+
+    fn record(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>, outcome: Outcome) -> PyResult<()> {
+        let Ok(permit) = permit.cast::<PyPermit>() else {
+            let wanted = "permit must be a Permit that try_acquire() has returned";
+            return Err(ConfigurationError::new_err(format!("{wanted}, got {}", show(permit)?)));
+        };
+        let grant = permit.get().take(&slf.get().gate)?;
+        Self::settle(slf, grant, outcome);
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl PyBreaker {
+    #[new]
+    #[pyo3(
+        signature = (failure_threshold=None, reset_timeout=None, half_open_max_calls=None, *, name=None, on_change=None),
+        text_signature = "(failure_threshold=5, reset_timeout=30.0, half_open_max_calls=1, *, name=None, on_change=None)"
+    )]
+    fn new(
+        py: Python<'_>,
+        failure_threshold: Given<'_, '_>,
+        reset_timeout: Given<'_, '_>,
+        half_open_max_calls: Given<'_, '_>,
+        name: Given<'_, '_>,
+        on_change: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let policy = match failure_threshold.and_then(|given| given.cast::<PyCircuitPolicy>().ok()) {
+            Some(_) if reset_timeout.is_some() || half_open_max_calls.is_some() => {
+                let text = "reset_timeout and half_open_max_calls are the policy's: CircuitBreaker(CircuitPolicy(...))";
+                return Err(ConfigurationError::new_err(text));
+            }
+            Some(policy) => policy.clone(),
+            None => {
+                let policy = PyCircuitPolicy::new(failure_threshold, reset_timeout, half_open_max_calls, None)?;
+                Bound::new(py, policy)?
+            }
+        };
+        Ok(Self {
+            gate: Arc::new(Gate(Mutex::new(Breaker::new(policy.get().0)))),
+            policy: policy.unbind(),
+            name: name.map(checked_name).transpose()?,
+            on_change: on_change.map(checked_callback).transpose()?,
+        })
+    }
+
+    #[getter]
+    fn state(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let state = self.gate.lock().state();
+        circuit_state(py, state)
+    }
+
+    fn try_acquire(slf: &Bound<'_, Self>) -> PyResult<PyPermit> {
+        Ok(PyPermit(Mutex::new(Some(Self::admit(slf)?))))
+    }
+
+    fn record_success(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>) -> PyResult<()> {
+        Self::record(slf, permit, Outcome::Success)
+    }
+
+    fn record_failure(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>) -> PyResult<()> {
+        Self::record(slf, permit, Outcome::Failure)
+    }
+
+    fn record_ignored(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>) -> PyResult<()> {
+        Self::record(slf, permit, Outcome::Ignored)
+    }
+
+    fn force_open(slf: &Bound<'_, Self>) {
+        let change = slf.get().gate.lock().force_open();
+        Self::announce(slf, change);
+    }
+
+    fn reset(slf: &Bound<'_, Self>) {
+        let change = slf.get().gate.lock().reset();
+        Self::announce(slf, change);
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        let Snapshot { state, is_forced, counts, probes, successes, retry_after, .. } =
+            self.gate.lock().snapshot(now());
+        let fields = PyDict::new(py);
+        fields.set_item("state", circuit_state(py, state)?)?;
+        fields.set_item("is_forced", is_forced)?;
+        fields.set_item("calls", counts.calls)?;
+        fields.set_item("failures", counts.failures)?;
+        fields.set_item("slow_calls", counts.slow_calls)?;
+        fields.set_item("probes", probes)?;
+        fields.set_item("successes", successes)?;
+        let wait = (!is_forced).then(|| retry_after.unwrap_or_default().as_seconds());
+        fields.set_item("retry_after", wait)?;
+        CLASS.import(py, "cano._breaker", "CircuitSnapshot")?.call((), Some(&fields))
+    }
+
+    fn __aenter__(slf: &Bound<'_, Self>) -> PyResult<Py<Done>> {
+        let block = BEGINNING.take().and_then(|block| block.upgrade());
+        let Some(block) = block.filter(|block| block.is_of(&slf.get().gate)) else {
+            return Err(ConfigurationError::new_err(
+                "a circuit breaker is entered by async with; to do it by hand, use try_acquire() and a permit",
+            ));
+        };
+        block.put(Self::admit(slf)?);
+        Done::get(slf.py())
+    }
+
+    #[classattr]
+    #[pyo3(name = "__aexit__")]
+    fn aexit() -> BlockEnd {
+        BlockEnd { block: Arc::default(), breaker: None }
+    }
+
+    fn __repr__(&self) -> String {
+        let snapshot = self.gate.lock().snapshot(now());
+        format!("<CircuitBreaker{}>", self.describe(&snapshot))
+    }
+
+    /// A breaker never changes what it refers to, so that whatever closes a cycle through it can be cleared.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.on_change)
+    }
+}
+
+/// The right to make one call.
+#[pyclass(frozen, module = "cano", name = "Permit")]
+pub(super) struct PyPermit(Mutex<Option<Grant>>);
+
+impl PyPermit {
+    /// The grant, if it is of this breaker and still there.
+    fn take(&self, gate: &Arc<Gate>) -> PyResult<Grant> {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*slot {
+            Some(grant) if !Arc::ptr_eq(&grant.gate, gate) => {
+                Err(ConfigurationError::new_err("the permit is of another circuit breaker; each takes back its own"))
+            }
+            Some(_) | None => slot.take().ok_or_else(|| {
+                ConfigurationError::new_err("the permit has been used; it is good for one call and one outcome")
+            }),
+        }
+    }
+}
+
+#[pymethods]
+impl PyPermit {
+    fn __repr__(&self) -> &'static str {
+        let slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.is_some() { "<Permit, unused>" } else { "<Permit, used>" }
+    }
+}
+
+/// What an `async with` block has of its own: the permit, between its begin and its end.
+#[derive(Default)]
+struct Block {
+    /// The breaker that `__aexit__` was looked up on; none if it was looked up on the class.
+    gate: Option<Arc<Gate>>,
+    grant: Mutex<Option<Grant>>,
+}
+
+impl Block {
+    fn is_of(&self, gate: &Arc<Gate>) -> bool {
+        self.gate.as_ref().is_none_or(|own| Arc::ptr_eq(own, gate))
+    }
+
+    fn put(&self, grant: Grant) {
+        let before = self.grant.lock().unwrap_or_else(PoisonError::into_inner).replace(grant);
+        drop(before);
+    }
+
+    fn take(&self, gate: &Arc<Gate>) -> PyResult<Grant> {
+        let grant = self.grant.lock().unwrap_or_else(PoisonError::into_inner).take();
+        grant.filter(|grant| Arc::ptr_eq(&grant.gate, gate)).ok_or_else(|| {
+            ConfigurationError::new_err("this end of an async with block is of no block that has begun and not ended")
+        })
+    }
+}
+
+thread_local! {
+    /// The block whose end was looked up last, until it begins.
+    static BEGINNING: Cell<Option<Weak<Block>>> = const { Cell::new(None) };
+}
+
+/// `__aexit__`: as an attribute of the class, what makes the others; each of those, the end of one block.
+#[pyclass(frozen, module = "cano._core")]
+struct BlockEnd {
+    block: Arc<Block>,
+    breaker: Option<Py<PyBreaker>>,
+}
+
+#[pymethods]
+impl BlockEnd {
+    fn __get__<'py>(
+        slf: &Bound<'py, Self>,
+        breaker: Option<&Bound<'py, PyBreaker>>,
+        _class: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, Self>> {
+        let gate = breaker.map(|breaker| Arc::clone(&breaker.get().gate));
+        let block = Arc::new(Block { gate, grant: Mutex::default() });
+        let beginning = Arc::downgrade(&block);
+        let end = Bound::new(slf.py(), Self { block, breaker: breaker.map(|breaker| breaker.clone().unbind()) })?;
+        BEGINNING.set(Some(beginning));
+        Ok(end)
+    }
+
+    /// Takes the breaker first if it was looked up on the class, then the type of the exception, the exception, the traceback.
+    #[pyo3(signature = (*args))]
+    fn __call__(&self, py: Python<'_>, args: &Bound<'_, PyTuple>) -> PyResult<Py<Done>> {
+        let (breaker, ended) = match &self.breaker {
+            Some(breaker) => (breaker.bind(py).clone(), args.get_item(0)?),
+            None => (args.get_item(0)?.cast_into::<PyBreaker>()?, args.get_item(1)?),
+        };
+        let outcome = if ended.is_none() {
+            Outcome::Success
+        } else if ended.cast::<PyType>()?.is_subclass_of::<PyException>()? {
+            Outcome::Failure
+        } else {
+            Outcome::Ignored
+        };
+        PyBreaker::settle(&breaker, self.block.take(&breaker.get().gate)?, outcome);
+        Done::get(py)
+    }
+
+    /// As with the breaker, a cycle through it can be cleared elsewhere.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.breaker)
+    }
+}
+
+/// An awaitable that is done.
+#[pyclass(frozen, module = "cano._core")]
+struct Done;
+
+impl Done {
+    fn get(py: Python<'_>) -> PyResult<Py<Self>> {
+        static DONE: PyOnceLock<Py<Done>> = PyOnceLock::new();
+        DONE.get_or_try_init(py, || Py::new(py, Self)).map(|done| done.clone_ref(py))
+    }
+}
+
+#[pymethods]
+impl Done {
+    fn __await__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__(&self) -> Option<()> {
+        None
+    }
+}
+
+/// The member of `cano.CircuitState`.
+fn circuit_state(py: Python<'_>, state: State) -> PyResult<Py<PyAny>> {
+    static MEMBERS: PyOnceLock<[Py<PyAny>; 3]> = PyOnceLock::new();
+    let [closed, open, half_open] = MEMBERS.get_or_try_init(py, || {
+        let class = py.import("cano._breaker")?.getattr("CircuitState")?;
+        let member = |name| class.getattr(name).map(Bound::unbind);
+        Ok::<_, PyErr>([member("Closed")?, member("Open")?, member("HalfOpen")?])
+    })?;
+    let member = match state {
+        State::Closed => closed,
+        State::Open => open,
+        State::HalfOpen => half_open,
+    };
+    Ok(member.clone_ref(py))
+}
+
+fn checked_name(name: &Bound<'_, PyAny>) -> PyResult<String> {
+    check_text("name", name, LONGEST_NAME)?;
+    name.extract()
+}
+
+fn checked_callback(on_change: Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+    let wanted = "on_change must be a function of (breaker, old, new)";
+    if !on_change.is_callable() {
+        return Err(ConfigurationError::new_err(format!("{wanted}, got {}", show(&on_change)?)));
+    }
+    let inspect = on_change.py().import("inspect")?;
+    if inspect.call_method1("iscoroutinefunction", (&on_change,))?.is_truthy()? {
+        return Err(ConfigurationError::new_err(format!("{wanted} that is not async, got {}", show(&on_change)?)));
+    }
+    Ok(on_change.unbind())
+}
