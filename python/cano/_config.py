@@ -1,13 +1,13 @@
 """How one task is run: retries, what is worth a retry, the time limit of an attempt."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Self, TypeAlias
 
 from . import _core
-from ._core import RetryMode
+from ._core import CircuitBreaker, RetryMode
 from ._errors import (
     ConfigurationError,
     InvalidTransitionError,
@@ -74,6 +74,9 @@ class TaskConfig(_Prepared):
             a retry leaves the run as it is.
         attempt_timeout: Seconds that one attempt may take, counted from its start; None is no limit. A longer attempt is
             cancelled at its next suspension and fails with `AttemptTimeoutError`, which is retried like any failure.
+        circuit_breaker: Asked before each attempt, and told how it ended: returned, raised an Exception (a time-out is one),
+            or neither, when it was cancelled. One that is open ends the state with `CircuitOpenError`, whatever retries are
+            left, and the task is not called. It may be shared by any number of tasks. None lets every attempt through.
 
     Raises:
         ConfigurationError: A value is out of range or of the wrong type.
@@ -86,19 +89,22 @@ class TaskConfig(_Prepared):
     retry: RetryMode = field(default_factory=RetryMode.none)
     retry_on: type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] = Exception
     attempt_timeout: Seconds | None = None
+    circuit_breaker: CircuitBreaker | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.retry, RetryMode):
             raise ConfigurationError(f"retry must be a RetryMode, got {show(self.retry)}")
+        breaker = self.circuit_breaker
+        if breaker is not None and not isinstance(breaker, CircuitBreaker):
+            raise ConfigurationError(f"circuit_breaker must be a CircuitBreaker or None, got {show(breaker)}")
         limit = _core.seconds("attempt_timeout", self.attempt_timeout)
-        policy = _core.Policy(self.retry, self.retry_on, _explicit(self.retry_on), _NEVER_RETRIED, limit)
-        acts = limit is not None or self.retry != RetryMode.none()
+        policy = _core.Policy(self.retry, self.retry_on, _explicit(self.retry_on), _NEVER_RETRIED, limit, breaker)
+        acts = limit is not None or self.retry != RetryMode.none() or breaker is not None
         object.__setattr__(self, "attempt_timeout", limit)
         object.__setattr__(self, "_policy", policy if acts else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = partial(type(self), retry=self.retry, retry_on=self.retry_on, attempt_timeout=self.attempt_timeout)
-        return make, ()
+        return partial(type(self), **{item.name: getattr(self, item.name) for item in fields(self)}), ()
 
     @classmethod
     def minimal(cls) -> Self:
@@ -129,6 +135,10 @@ class TaskConfig(_Prepared):
     def with_attempt_timeout(self, seconds: Seconds | None) -> Self:
         """A copy whose attempts may take `seconds` each; None is no limit."""
         return replace(self, attempt_timeout=seconds)
+
+    def with_circuit_breaker(self, breaker: CircuitBreaker | None) -> Self:
+        """A copy whose attempts the breaker lets through or refuses; None lets each through."""
+        return replace(self, circuit_breaker=breaker)
 
 
 def _explicit(retry_on: Any) -> tuple[type[Exception], ...] | None:

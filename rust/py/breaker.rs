@@ -90,7 +90,6 @@ impl PyBreaker {
     }
 
     /// The error that a call would get at this moment; looking changes nothing.
-    #[expect(dead_code, reason = "for the retry loop")]
     pub(super) fn rejection(&self) -> Option<PyErr> {
         let snapshot = self.gate.lock().snapshot(now());
         (snapshot.is_forced || snapshot.retry_after.is_some()).then(|| self.refusal(&snapshot))

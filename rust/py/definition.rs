@@ -10,6 +10,7 @@ use crate::core::join::JoinStrategy;
 use crate::core::retry::RetryMode;
 use crate::core::time::Nanos;
 
+use super::breaker::PyBreaker;
 use super::convert::{count, duration, number};
 use super::errors::{NonRetryable, RetryAfter};
 
@@ -172,6 +173,7 @@ pub(super) struct Policy {
     /// Programming errors and our own shape errors.
     never: Py<PyTuple>,
     pub(super) attempt_timeout: Option<f64>,
+    pub(super) breaker: Option<Py<PyBreaker>>,
 }
 
 #[pymethods]
@@ -183,13 +185,15 @@ impl Policy {
         explicit: Option<Py<PyTuple>>,
         never: Py<PyTuple>,
         attempt_timeout: Option<f64>,
+        breaker: Option<Py<PyBreaker>>,
     ) -> Self {
-        Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout }
+        Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout, breaker }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.retry_on)?;
         visit.call(&self.explicit)?;
+        visit.call(&self.breaker)?;
         visit.call(&self.never)
     }
 }
@@ -343,6 +347,11 @@ impl TaskSpec {
 
     pub(super) fn attempt_timeout(&self) -> Option<f64> {
         self.policy.as_ref()?.get().attempt_timeout
+    }
+
+    #[inline]
+    pub(super) fn breaker(&self) -> Option<&Py<PyBreaker>> {
+        self.policy.as_ref()?.get().breaker.as_ref()
     }
 
     /// Whether its coroutine can run as it is: nothing of the policy has to act around it.

@@ -11,10 +11,12 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::core::breaker::Outcome;
 use crate::core::retry::RetryVerdict;
 use crate::core::time::Nanos;
 
 use super::asyncio::Asyncio;
+use super::breaker::{Grant, PyBreaker};
 use super::convert::duration;
 use super::definition::{Source, TaskSpec};
 use super::env::{RunContext, arguments};
@@ -87,11 +89,23 @@ pub(super) struct Drive {
     /// The result of the split that led into the present state.
     pub(super) joined: Option<Py<SplitResult>>,
     pub(super) timer: Timer,
+    /// What the task's circuit breaker has granted to the attempt under way.
+    grant: Option<Grant>,
 }
 
 impl Drive {
     fn new(state: usize, phase: Phase, program: Program) -> Self {
-        Self { phase, program, state, attempt: 0, fresh: true, unsuspended: 0, joined: None, timer: Timer::default() }
+        Self {
+            phase,
+            program,
+            state,
+            attempt: 0,
+            fresh: true,
+            unsuspended: 0,
+            joined: None,
+            timer: Timer::default(),
+            grant: None,
+        }
     }
 
     /// Runs states from `state` on.
@@ -167,6 +181,9 @@ impl Drive {
             let Some(task) = entry.untimed_task().filter(|_| env.budget.is_none()) else {
                 return self.call(run);
             };
+            if let Some(breaker) = task.breaker() {
+                self.pass(run, breaker)?;
+            }
             self.attempt = 1;
             self.fresh = true;
             let made = match self.invoke(run, task) {
@@ -179,6 +196,9 @@ impl Drive {
                 Step::Yielded(value) => return self.suspend(run, Work::Attempt, made, value),
                 Step::Raised(error) => return self.raised(run, Work::Attempt, error),
             };
+            if self.grant.is_some() {
+                self.settle(run, Outcome::Success);
+            }
             match table.by_identity(&value) {
                 Some(next) if entry.may_lead_to(next) => {
                     self.joined = None;
@@ -211,12 +231,15 @@ impl Drive {
     /// Starts an attempt and runs it to its first suspension.
     fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, task: &TaskSpec) -> PyResult<Flow<'py>> {
         let (py, env) = (run.py(), run.get().env.get());
-        self.attempt += 1;
-        self.fresh = true;
         if let Some(error) = run.get().check_budget(py)? {
             self.attempt = 0;
             return Err(self.failed(run, None, error));
         }
+        if let Some(breaker) = task.breaker() {
+            self.pass(run, breaker)?;
+        }
+        self.attempt += 1;
+        self.fresh = true;
         if let Some(limit) = task.attempt_timeout() {
             self.timer.attempt_deadline = Some(env.now(py)? + limit);
         }
@@ -224,6 +247,28 @@ impl Drive {
             Ok(made) if is_coroutine(&made) => self.work(run, work, made, Input::nothing(py)),
             Ok(value) => self.returned_at_once(run, work, value),
             Err(error) => self.raised(run, work, error),
+        }
+    }
+
+    /// Asks the task's circuit breaker for the next attempt; a refusal ends the state, whatever retries are left.
+    fn pass(&mut self, run: &Bound<'_, Run>, breaker: &Py<PyBreaker>) -> PyResult<()> {
+        let py = run.py();
+        match PyBreaker::admit(breaker.bind(py)) {
+            Ok(grant) => {
+                self.grant = Some(grant);
+                Ok(())
+            }
+            Err(refusal) => Err(self.failed(run, self.task(run), refusal)),
+        }
+    }
+
+    /// Tells the breaker how the attempt ended; one that is told nothing, since the attempt was cancelled, counts nothing.
+    fn settle(&mut self, run: &Bound<'_, Run>, outcome: Outcome) {
+        let Some(grant) = self.grant.take() else { return };
+        if let Some(task) = self.task(run)
+            && let Some(breaker) = task.get().breaker()
+        {
+            PyBreaker::settle(breaker.bind(run.py()), grant, outcome);
         }
     }
 
@@ -320,6 +365,7 @@ impl Drive {
 
     fn returned<'py>(&mut self, run: &Bound<'py, Run>, work: Work, value: Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
         self.timer.attempt_deadline = None;
+        self.settle(run, Outcome::Success);
         match work {
             Work::Backoff => Ok(Flow::Go(Phase::Call)),
             Work::Factory => self.made_branches(run, &value),
@@ -337,6 +383,7 @@ impl Drive {
                 let told = env.timed_out(py, budget);
                 told.set_cause(py, Some(error));
                 self.attempt = 0;
+                self.grant = None;
                 return Err(self.failed(run, self.task(run), told));
             }
             (Some(_), _) => {
@@ -351,10 +398,17 @@ impl Drive {
         };
         if !error.is_instance_of::<PyException>(py) {
             return Err(match from_panic(py, error) {
-                Ok(panic) => self.failed(run, self.task(run), panic),
-                Err(passes) => passes,
+                Ok(panic) => {
+                    self.settle(run, Outcome::Failure);
+                    self.failed(run, self.task(run), panic)
+                }
+                Err(passes) => {
+                    self.grant = None;
+                    passes
+                }
             });
         }
+        self.settle(run, Outcome::Failure);
         let Some(task) = self.task(run).filter(|_| work == Work::Attempt) else {
             return Err(self.failed(run, self.task(run), error));
         };
