@@ -7,6 +7,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
+    Bulkhead,
     ErrorContext,
     JoinStrategy,
     MemoryStore,
@@ -46,6 +47,7 @@ from ._workflow import Run, Workflow
 __all__ = [
     "AttemptTimeoutError",
     "BranchOutcome",
+    "Bulkhead",
     "CanoError",
     "ConfigurationError",
     "DuplicateResourceError",

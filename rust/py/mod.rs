@@ -18,6 +18,8 @@ mod definition;
 
 mod memory;
 
+mod bulkhead;
+
 mod table;
 
 mod env;
@@ -40,6 +42,8 @@ mod split;
 
 mod turns;
 
+mod gates;
+
 mod drive;
 
 mod route;
@@ -48,6 +52,8 @@ mod route;
 mod _core {
     #[pymodule_export]
     use super::branch::configure_branches;
+    #[pymodule_export]
+    use super::bulkhead::PyBulkhead;
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]

@@ -26,11 +26,13 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 
 use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
+use super::bulkhead::Grant;
 use super::current::Seat;
 use super::definition::TaskSpec;
 use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, WorkflowTimeoutError, from_panic};
+use super::gates::Gates;
 use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
 use super::run::{GilCell, Run};
@@ -54,6 +56,7 @@ pub(super) struct State {
     branches: Vec<Branch>,
     join: Join,
     next: usize,
+    pub(super) gates: Option<Box<Gates>>,
     pub(super) alive: usize,
     pub(super) waiter: Option<Py<Waiter>>,
     timer: Option<Py<PyAny>>,
@@ -78,8 +81,24 @@ pub(super) struct State {
 }
 
 impl State {
-    fn goes_on(&self) -> bool {
+    pub(super) fn goes_on(&self) -> bool {
         self.interrupted.is_none() && self.join.verdict() == JoinVerdict::Undecided
+    }
+
+    /// How many branches have been started.
+    pub(super) fn started(&self) -> usize {
+        self.next
+    }
+
+    /// Whether there are branches that have not been started.
+    pub(super) fn has_more(&self) -> bool {
+        self.next < self.branches.len()
+    }
+
+    /// When the branch that was started last began, if it is alive.
+    pub(super) fn newest_began(&self) -> Option<f64> {
+        let newest = self.branches.get(self.next.checked_sub(1)?)?;
+        newest.task.as_ref().map(|_| newest.ended.elapsed)
     }
 }
 
@@ -157,13 +176,14 @@ impl Split {
                 scope: Arc::new(scope),
                 until: spec.next,
                 bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
-                context: spec.bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
+                context: spec.starts_late().then(|| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
                 state: GilCell::new(State {
                     branches,
                     join,
                     next: 0,
+                    gates: Gates::of(py, spec),
                     alive: 0,
                     waiter: None,
                     timer: None,
@@ -190,7 +210,7 @@ impl Split {
     }
 
     /// Starts branches while the bulkhead has room and nothing is decided. `at_once`: inside the parent's own step.
-    fn start(slf: &Bound<'_, Self>, at_once: bool) {
+    pub(super) fn start(slf: &Bound<'_, Self>, at_once: bool) {
         let (py, this) = (slf.py(), slf.get());
         // A branch that ends while it is started leaves its place to the loop below, not to one within it.
         if this.state.with(py, |state| std::mem::replace(&mut state.is_starting, true)) {
@@ -199,10 +219,13 @@ impl Split {
         DEPTH.set(DEPTH.get() + 1);
         loop {
             let next = this.state.with(py, |state| {
-                if !state.goes_on() || state.alive >= this.bulkhead || state.next == state.branches.len() {
+                if !state.goes_on() || state.alive >= this.bulkhead || !state.has_more() {
                     return None;
                 }
                 let index = state.next;
+                if state.gates.as_mut().is_some_and(|gates| !gates.admit(slf, index)) {
+                    return None;
+                }
                 state.next += 1;
                 state.alive += 1;
                 Some((index, state.branches[index].start.take()))
@@ -217,10 +240,14 @@ impl Split {
             }
         }
         DEPTH.set(DEPTH.get() - 1);
-        this.state.with(py, |state| {
+        let is_gated = this.state.with(py, |state| {
             state.is_starting = false;
             state.last_end = None;
+            state.gates.is_some()
         });
+        if is_gated {
+            Self::arm_hedging(slf);
+        }
     }
 
     fn start_one(slf: &Bound<'_, Self>, index: usize, start: Start, at_once: bool) -> PyResult<()> {
@@ -331,7 +358,8 @@ impl Split {
             state.last_end = state.is_starting.then_some(now);
             let branch = &mut state.branches[index];
             branch.ended.elapsed = now - branch.ended.elapsed;
-            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take());
+            let slot = state.gates.as_mut().and_then(|gates| gates.branch_ended(counted));
+            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take(), slot);
             state.join.branch_ended(counted);
             if let Some(fatal) = fatal
                 && state.interrupted.is_none()
@@ -378,8 +406,9 @@ impl Split {
         self.state.with(py, |state| state.branches.iter().filter_map(task).collect())
     }
 
-    /// Cancels every branch that is alive.
+    /// Cancels every branch that is alive; no other is started.
     fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
+        self.shut(py);
         for task in self.living(py) {
             let task = task.bind(py);
             let cancelled = match (&self.mode, message) {
@@ -407,7 +436,7 @@ impl Split {
         });
         let Some(waiter) = waiter else { return Ok(()) };
         let at_once =
-            may_go_on && !is_told && matches!(self.mode, Mode::Native) && branch::is_free(self.event_loop(py))?;
+            may_go_on && !is_told && self.is_native() && branch::is_free(self.event_loop(py))?;
         Waiter::resolve(waiter.bind(py), at_once)
     }
 
@@ -489,7 +518,7 @@ impl Split {
     }
 
     /// A point in time, for how long branches took.
-    fn mark(&self, py: Python<'_>) -> f64 {
+    pub(super) fn mark(&self, py: Python<'_>) -> f64 {
         self.env.get().clock(py).and_then(|clock| clock.mark(py)).unwrap_or_default()
     }
 
@@ -504,13 +533,19 @@ impl Split {
             Self::schedule_queued(slf);
             return Ok(());
         }
+        this.shut(py);
         let mut closed = Ok(());
-        if matches!(this.mode, Mode::Native) {
+        if this.is_native() {
             for task in this.living(py) {
                 closed = closed.and(branch::close(task.bind(py)));
             }
         }
+        this.give_slots_back(py);
         closed
+    }
+
+    pub(super) fn is_native(&self) -> bool {
+        matches!(self.mode, Mode::Native)
     }
 }
 
@@ -558,6 +593,16 @@ impl Split {
         Self::deadline_came(slf)
     }
 
+    /// The event loop's timer calls this when the newest branch of a hedged split is slow.
+    fn _hedge(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::newest_is_slow(slf)
+    }
+
+    /// The event loop calls this with a slot of the shared bulkhead.
+    fn _granted(slf: &Bound<'_, Self>, grant: &Bound<'_, Grant>) -> PyResult<()> {
+        Self::slot_came(slf, grant.get())
+    }
+
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::turn_came(slf)
@@ -576,6 +621,9 @@ impl Split {
                 visit.call(&state.waiter)?;
                 visit.call(&state.timer)?;
                 visit.call(&state.deadline_timer)?;
+                if let Some(gates) = &state.gates {
+                    gates.traverse(&visit)?;
+                }
                 for branch in state.batches.iter().flatten().chain(&state.queued) {
                     visit.call(branch)?;
                 }
