@@ -9,6 +9,7 @@ from ._breaker import CircuitSnapshot, CircuitState
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
+    Bulkhead,
     CircuitBreaker,
     CircuitPolicy,
     ErrorContext,
@@ -53,6 +54,7 @@ __all__ = [
     "AttemptTimeoutError",
     "BatchTask",
     "BranchOutcome",
+    "Bulkhead",
     "CanoError",
     "CircuitBreaker",
     "CircuitOpenError",

@@ -1,5 +1,5 @@
 from asyncio import Future
-from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final, TypeVar, final, overload
 
 from typing_extensions import disjoint_base
@@ -10,6 +10,7 @@ from ._resources import Resources
 
 __all__ = [
     "BranchOutcome",
+    "Bulkhead",
     "ErrorContext",
     "Factory",
     "JoinStrategy",
@@ -149,6 +150,59 @@ class JoinStrategy:
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
     def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class Bulkhead:
+    """A limit to how much happens at once, shared by whoever has this object: splits, tasks, runs, loops, threads.
+
+    It has `limit` slots. A split with ``JoinConfig(bulkhead=...)`` takes one for each branch that it starts, and gives it back
+    when the branch has ended. ``async with bulkhead:`` takes one for the block. Who finds none free waits in one line, first
+    come, first served; a split stands there once, and again at the end when it has been given a slot and wants another.
+
+    A slot is never given to somebody who has gone: a cancelled task, a split that is decided, a loop that is closed. It goes on
+    to the next.
+
+    Waiting for a slot while holding one of the same bulkhead can wait for ever: splits nested over one bulkhead, or a branch
+    that enters it once more.
+
+    Args:
+        limit: How many slots, 1 to 1,000,000,000.
+        name: What its repr calls it; None is nothing.
+
+    Raises:
+        ConfigurationError: `limit` is out of range, or a value of the wrong type.
+
+    Cancellation: a task that is cancelled while it waits leaves the line; if the slot has come in the same turn of the loop, it
+    goes on to the next.
+
+    Example:
+        >>> database = Bulkhead(2, name="database")
+        >>> async def main() -> None:
+        ...     async with database:
+        ...         print(database)
+        >>> asyncio.run(main())
+        <Bulkhead database limit=2 in_use=1 waiting=0>
+    """
+
+    def __new__(cls, limit: int, *, name: str | None = None) -> Bulkhead: ...
+    @property
+    def limit(self) -> int:
+        """How many slots there are."""
+
+    @property
+    def in_use(self) -> int:
+        """How many slots are not free."""
+
+    @property
+    def waiting(self) -> int:
+        """How many splits and tasks wait for a slot."""
+
+    @property
+    def name(self) -> str | None:
+        """Its name, or None."""
+
+    def __aenter__(self) -> Awaitable[None]: ...
+    def __aexit__(self, *_error: object) -> Awaitable[None]: ...
 
 @final
 class BranchOutcome:

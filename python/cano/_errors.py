@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ._core import SplitResult
 
 _TEXT_LIMIT = 80
+LABEL_LIMIT = 128
 
 
 def show(value: object) -> str:
@@ -72,6 +73,13 @@ def check_text(what: str, text: str, limit: int) -> None:
     size = len(text.encode())
     if not 0 < size <= limit:
         raise ConfigurationError(f"{what} must have 1 to {limit} bytes, got {size}: {show(text)}")
+
+
+def check_name(name: Any) -> None:
+    """Refuse what cannot name a workflow, or what workflows share."""
+    if not isinstance(name, str):
+        raise ConfigurationError(f"name must be a text, got {show(name)}")
+    check_text("name", name, LABEL_LIMIT)
 
 
 class CanoError(Exception):

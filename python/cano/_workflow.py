@@ -9,7 +9,16 @@ from typing import Any, Generic, Self, TypeVar
 
 from . import _core
 from ._config import Seconds, TaskConfig
-from ._errors import ConfigurationError, WorkflowCancelledError, WorkflowError, check_text, label, show
+from ._errors import (
+    LABEL_LIMIT,
+    ConfigurationError,
+    WorkflowCancelledError,
+    WorkflowError,
+    check_name,
+    check_text,
+    label,
+    show,
+)
 from ._join import JoinConfig
 from ._resources import Resources
 from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepare_factory, states_of
@@ -17,7 +26,6 @@ from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepa
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
 
-_LABEL_LIMIT = 128
 _ID_LIMIT = 256
 
 _Work = _core.TaskSpec | tuple[_core.TaskSpec, ...] | _core.Factory
@@ -55,7 +63,7 @@ class Workflow(Generic[S]):
 
     def __init__(self, resources: Resources | Mapping[Any, Any] | None = None, *, name: str | None = None) -> None:
         if name is not None:
-            _check_name(name)
+            check_name(name)
         self._name = name or "workflow"
         self._resources = _as_resources(resources)
         self._states: dict[S, tuple[_Work, JoinConfig[S] | None]] = {}
@@ -464,12 +472,6 @@ def _as_resources(given: Any) -> Resources:
     raise ConfigurationError(f"resources must be Resources or a mapping, got {show(given)}")
 
 
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise ConfigurationError(f"name must be a text, got {show(name)}")
-    check_text("name", name, _LABEL_LIMIT)
-
-
 def _check_state(state: Any) -> None:
     if isinstance(state, type) and issubclass(state, Enum):
         raise ConfigurationError(f"{state.__qualname__} is the Enum class; a state is one of its members")
@@ -481,7 +483,7 @@ def _check_state(state: Any) -> None:
 
 def _label(state: Any) -> str:
     text = label(state)
-    check_text("the name of a state", text, _LABEL_LIMIT)
+    check_text("the name of a state", text, LABEL_LIMIT)
     return text
 
 

@@ -15,7 +15,11 @@ pub mod breaker;
 
 pub mod limiter;
 
+pub mod bulkhead;
+
 pub mod join;
+
+pub mod hedge;
 
 pub mod graph;
 

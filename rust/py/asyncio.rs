@@ -11,6 +11,7 @@ use pyo3::types::PyType;
 
 pub(super) struct Asyncio {
     running_loop: Py<PyAny>,
+    loop_of_this_thread: Py<PyAny>,
     current_task: Py<PyAny>,
     sleep: Py<PyAny>,
     pub(super) task: Py<PyType>,
@@ -26,6 +27,7 @@ impl Asyncio {
             let asyncio = py.import("asyncio")?;
             Ok(Asyncio {
                 running_loop: asyncio.getattr("get_running_loop")?.unbind(),
+                loop_of_this_thread: asyncio.getattr("_get_running_loop")?.unbind(),
                 current_task: asyncio.getattr("current_task")?.unbind(),
                 sleep: asyncio.getattr("sleep")?.unbind(),
                 task: asyncio.getattr("Task")?.cast_into()?.unbind(),
@@ -34,6 +36,16 @@ impl Asyncio {
                 random: py.import("random")?.getattr("random")?.unbind(),
             })
         })
+    }
+
+    /// The loop that is running in this thread; an error if none is.
+    pub(super) fn running_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.running_loop.bind(py).call0()
+    }
+
+    /// Whether this is called from within a loop.
+    pub(super) fn is_running(&self, event_loop: &Bound<'_, PyAny>) -> PyResult<bool> {
+        Ok(self.loop_of_this_thread.bind(event_loop.py()).call0()?.is(event_loop))
     }
 
     /// Whether a loop's clock is asyncio's own; remembered for the class that is seen first.
@@ -79,7 +91,7 @@ pub(super) struct Clock {
 impl Clock {
     pub(super) fn running(py: Python<'_>) -> PyResult<Clock> {
         let names = Asyncio::of(py)?;
-        let event_loop = names.running_loop.bind(py).call0()?;
+        let event_loop = names.running_loop(py)?;
         let is_stock = names.is_stock(&event_loop)?;
         let now =
             if is_stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };

@@ -1,9 +1,10 @@
 //! The Python exception classes, and the one place where a core error becomes one of them.
 
 use pyo3::exceptions::PyException;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyString;
+use pyo3::types::{PyString, PyType};
 
 use crate::core::error::Error;
 
@@ -62,6 +63,31 @@ pub(super) fn label(state: &Bound<'_, PyAny>) -> PyResult<String> {
 pub(super) fn shown_label(state: &Bound<'_, PyAny>) -> PyResult<String> {
     static SHOWN_LABEL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     helper(state.py(), &SHOWN_LABEL, "shown_label")?.call1((state,))?.extract()
+}
+
+/// The name that somebody gave to something, if it is one.
+pub(super) fn check_name<'py>(name: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyString>> {
+    static CHECK_NAME: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(name.py(), &CHECK_NAME, "check_name")?.call1((name,))?;
+    Ok(name.cast::<PyString>()?.clone())
+}
+
+/// What `throw` was called with, also in its three-argument form, which Python before 3.12 uses.
+pub(super) fn thrown<'py>(
+    kind: Bound<'py, PyAny>,
+    value: Option<Bound<'py, PyAny>>,
+    traceback: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let error = match value {
+        Some(value) if value.is_instance(&kind)? => value,
+        Some(value) => kind.call1((value,))?,
+        None if kind.is_callable() && kind.is_instance_of::<PyType>() => kind.call0()?,
+        None => kind,
+    };
+    if let Some(traceback) = traceback {
+        error.setattr(intern!(error.py(), "__traceback__"), traceback)?;
+    }
+    Ok(error)
 }
 
 /// One `ConfigurationError` that lists every problem of `subject`.

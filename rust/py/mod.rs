@@ -22,6 +22,8 @@ mod circuit_policy;
 
 mod breaker;
 
+mod bulkhead;
+
 mod table;
 
 mod env;
@@ -46,6 +48,8 @@ mod turns;
 
 mod feed;
 
+mod gates;
+
 mod drive;
 
 mod route;
@@ -56,6 +60,7 @@ mod _core {
     use super::branch::configure_branches;
     #[pymodule_export]
     use super::breaker::{PyBreaker, PyPermit};
+    use super::bulkhead::PyBulkhead;
     #[pymodule_export]
     use super::circuit_policy::PyCircuitPolicy;
     #[pymodule_export]

@@ -186,7 +186,8 @@ impl Drive {
         let Some(items) = items else { unreachable!("a run of items opens its split once") };
         self.fresh = true;
         let feed = Some(Feed::new(items.iterator));
-        let split = Split::new(run, self.state, Vec::new(), Join::fed(), (0, Some(items.concurrency)), feed)?;
+        let spec = JoinSpec::of_items(items.concurrency);
+        let split = Split::new(run, self.state, Vec::new(), Join::fed(), &spec, feed)?;
         let feeder = items.feeder.map(|feeder| feeder.bind(py).call1((&split,))).transpose()?;
         Split::begin(&split, None, feeder)?;
         self.join(run, split.unbind(), None)

@@ -25,7 +25,7 @@ use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi, intern};
 
 use super::drive::{Advance, Drive, Items};
 use super::env::{Budget, Env, Scope};
-use super::errors::TaskExecutionError;
+use super::errors::{TaskExecutionError, thrown};
 use super::failure::{Failure, Trail};
 use super::split::Split;
 use super::table::Table;
@@ -344,7 +344,6 @@ impl Run {
         Self::iterate(slf, Input::Send(value))
     }
 
-    /// Also in its three-argument form, which Python before 3.12 uses.
     #[pyo3(signature = (kind, value=None, traceback=None, /))]
     fn throw<'py>(
         slf: &Bound<'py, Self>,
@@ -352,17 +351,7 @@ impl Run {
         value: Option<Bound<'py, PyAny>>,
         traceback: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let py = slf.py();
-        let error = match value {
-            Some(value) if value.is_instance(&kind)? => value,
-            Some(value) => kind.call1((value,))?,
-            None if kind.is_callable() && kind.is_instance_of::<pyo3::types::PyType>() => kind.call0()?,
-            None => kind,
-        };
-        if let Some(traceback) = traceback {
-            error.setattr(intern!(py, "__traceback__"), traceback)?;
-        }
-        Self::iterate(slf, Input::Throw(PyErr::from_value(error)))
+        Self::iterate(slf, Input::Throw(PyErr::from_value(thrown(kind, value, traceback)?)))
     }
 
     /// Ends the run without another step: what it runs is closed, its branches are cancelled.

@@ -26,11 +26,13 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 
 use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
+use super::bulkhead::Grant;
 use super::definition::TaskSpec;
 use super::drive::Drive;
 use super::env::{Env, RunContext, Scope, arguments};
 use super::errors::{CancelledError, WorkflowTimeoutError, from_panic};
 use super::feed::{FEEDER, Feed};
+use super::gates::Gates;
 use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
 use super::run::{GilCell, Run};
@@ -64,6 +66,7 @@ pub(super) struct State {
     pub(super) branches: Vec<Branch>,
     pub(super) join: Join,
     next: usize,
+    pub(super) gates: Option<Box<Gates>>,
     pub(super) alive: usize,
     pub(super) waiter: Option<Py<Waiter>>,
     timer: Option<Py<PyAny>>,
@@ -106,6 +109,22 @@ impl State {
             return self.feed.as_mut().map(|feed| &mut feed.feeder);
         }
         self.branches.get_mut(index).map(|branch| &mut branch.task)
+    }
+
+    /// How many branches have been started.
+    pub(super) fn started(&self) -> usize {
+        self.next
+    }
+
+    /// Whether there are branches that have not been started.
+    pub(super) fn has_more(&self) -> bool {
+        self.next < self.branches.len()
+    }
+
+    /// When the branch that was started last began, if it is alive.
+    pub(super) fn newest_began(&self) -> Option<f64> {
+        let newest = self.branches.get(self.next.checked_sub(1)?)?;
+        newest.task.as_ref().map(|_| newest.ended.elapsed)
     }
 }
 
@@ -158,7 +177,7 @@ impl Split {
     /// Starts as many branches as the bulkhead lets through.
     pub(super) fn open(run: &Bound<'_, Run>, state: usize, starts: Vec<Start>, spec: &JoinSpec) -> PyResult<Py<Split>> {
         let join = Join::new(spec.strategy, starts.len(), spec.fail_fast);
-        let split = Self::new(run, state, starts, join, (spec.next, spec.bulkhead), None)?;
+        let split = Self::new(run, state, starts, join, spec, None)?;
         Self::begin(&split, spec.timeout, None)?;
         Ok(split.unbind())
     }
@@ -168,7 +187,7 @@ impl Split {
         state: usize,
         starts: Vec<Start>,
         join: Join,
-        (until, bulkhead): (usize, Option<usize>),
+        spec: &JoinSpec,
         feed: Option<Feed>,
     ) -> PyResult<Bound<'py, Split>> {
         let (py, this) = (run.py(), run.get());
@@ -185,15 +204,16 @@ impl Split {
             Split {
                 env: this.env.clone_ref(py),
                 scope: Arc::new(scope),
-                until,
-                bulkhead: bulkhead.unwrap_or(usize::MAX),
-                context: bulkhead.map(|_| branch::copy_context(py).map(Bound::unbind)).transpose()?,
+                until: spec.next,
+                bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
+                context: spec.starts_late().then(|| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
                 state: GilCell::new(State {
                     branches,
                     join,
                     next: 0,
+                    gates: Gates::of(py, spec),
                     alive: 0,
                     waiter: None,
                     timer: None,
@@ -245,10 +265,13 @@ impl Split {
         DEPTH.set(DEPTH.get() + 1);
         loop {
             let next = this.state.with(py, |state| {
-                if !state.has_room(this.bulkhead) || state.next == state.branches.len() {
+                if !state.has_room(this.bulkhead) || !state.has_more() {
                     return None;
                 }
                 let index = state.next;
+                if state.gates.as_mut().is_some_and(|gates| !gates.admit(slf, index)) {
+                    return None;
+                }
                 state.next += 1;
                 state.alive += 1;
                 Some((index, state.branches[index].start.take()))
@@ -268,10 +291,14 @@ impl Split {
             }
         }
         DEPTH.set(DEPTH.get() - 1);
-        this.state.with(py, |state| {
+        let is_gated = this.state.with(py, |state| {
             state.is_starting = false;
             state.last_end = None;
+            state.gates.is_some()
         });
+        if is_gated {
+            Self::arm_hedging(slf);
+        }
     }
 
     fn start_one(slf: &Bound<'_, Self>, index: usize, start: Start, at_once: bool) -> PyResult<()> {
@@ -399,7 +426,8 @@ impl Split {
             state.last_end = state.is_starting.then_some(now);
             let branch = &mut state.branches[index];
             branch.ended.elapsed = now - branch.ended.elapsed;
-            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take());
+            let slot = state.gates.as_mut().and_then(|gates| gates.branch_ended(counted));
+            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take(), slot);
             state.join.branch_ended(counted);
             if let Some(fatal) = fatal
                 && state.interrupted.is_none()
@@ -463,8 +491,9 @@ impl Split {
         })
     }
 
-    /// Cancels every branch that is alive.
+    /// Cancels every branch that is alive; no other is started.
     pub(super) fn cancel_rest(&self, py: Python<'_>, message: Option<&Bound<'_, PyAny>>) {
+        self.shut(py);
         for task in self.living(py) {
             let task = task.bind(py);
             let cancelled = match (&self.mode, message) {
@@ -491,8 +520,7 @@ impl Split {
             (waiter, state.is_told)
         });
         let Some(waiter) = waiter else { return Ok(()) };
-        let at_once =
-            may_go_on && !is_told && matches!(self.mode, Mode::Native) && branch::is_free(self.event_loop(py))?;
+        let at_once = may_go_on && !is_told && self.is_native() && branch::is_free(self.event_loop(py))?;
         Waiter::resolve(waiter.bind(py), at_once)
     }
 
@@ -574,7 +602,7 @@ impl Split {
     }
 
     /// A point in time, for how long branches took.
-    fn mark(&self, py: Python<'_>) -> f64 {
+    pub(super) fn mark(&self, py: Python<'_>) -> f64 {
         self.env.get().clock(py).and_then(|clock| clock.mark(py)).unwrap_or_default()
     }
 
@@ -589,13 +617,19 @@ impl Split {
             Self::schedule_queued(slf);
             return Ok(());
         }
+        this.shut(py);
         let mut closed = Ok(());
-        if matches!(this.mode, Mode::Native) {
+        if this.is_native() {
             for task in this.living(py) {
                 closed = closed.and(branch::close(task.bind(py)));
             }
         }
+        this.give_slots_back(py);
         closed
+    }
+
+    pub(super) fn is_native(&self) -> bool {
+        matches!(self.mode, Mode::Native)
     }
 }
 
@@ -653,6 +687,16 @@ impl Split {
         Self::deadline_came(slf)
     }
 
+    /// The event loop's timer calls this when the newest branch of a hedged split is slow.
+    fn _hedge(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::newest_is_slow(slf)
+    }
+
+    /// The event loop calls this with a slot of the shared bulkhead.
+    fn _granted(slf: &Bound<'_, Self>, grant: &Bound<'_, Grant>) -> PyResult<()> {
+        Self::slot_came(slf, grant.get())
+    }
+
     /// The event loop calls this for the branches that were queued.
     fn _turn(slf: &Bound<'_, Self>) -> PyResult<()> {
         Self::turn_came(slf)
@@ -673,6 +717,9 @@ impl Split {
                 visit.call(&state.deadline_timer)?;
                 if let Some(feed) = &state.feed {
                     feed.traverse(&visit)?;
+                }
+                if let Some(gates) = &state.gates {
+                    gates.traverse(&visit)?;
                 }
                 for branch in state.batches.iter().flatten().chain(&state.queued) {
                     visit.call(branch)?;

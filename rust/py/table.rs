@@ -8,6 +8,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use crate::core::graph::{self, Next, Node, Target};
 use crate::core::join::JoinStrategy;
 
+use super::bulkhead::PyBulkhead;
 use super::convert::is_hashable;
 use super::definition::{PyJoinStrategy, TaskSpec};
 use super::errors::{ConfigurationError, configuration, shown_label};
@@ -75,7 +76,30 @@ pub(super) struct JoinSpec {
     pub(super) next: usize,
     pub(super) timeout: Option<f64>,
     pub(super) bulkhead: Option<usize>,
+    /// A bulkhead that others use as well.
+    pub(super) shared: Option<Py<PyBulkhead>>,
     pub(super) fail_fast: bool,
+    pub(super) hedge_after: Option<f64>,
+}
+
+impl JoinSpec {
+    /// Of a split that is fed: so many at once, and every end counts.
+    pub(super) fn of_items(concurrency: usize) -> Self {
+        Self {
+            strategy: JoinStrategy::All,
+            next: 0,
+            timeout: None,
+            bulkhead: Some(concurrency),
+            shared: None,
+            fail_fast: false,
+            hedge_after: None,
+        }
+    }
+
+    /// Whether branches may have to be started after the others.
+    pub(super) fn starts_late(&self) -> bool {
+        self.bulkhead.is_some() || self.shared.is_some() || self.hedge_after.is_some()
+    }
 }
 
 /// What happens in a state.
@@ -151,12 +175,17 @@ impl Checked<'_> {
             return Ok(None);
         };
         let strategy = config.getattr(intern!(py, "strategy"))?;
+        let bulkhead = config.getattr(intern!(py, "bulkhead"))?;
+        let shared = bulkhead.cast::<PyBulkhead>().ok().map(|shared| shared.clone().unbind());
+        let own = (shared.is_none() && !bulkhead.is_none()).then(|| bulkhead.extract().unwrap_or(usize::MAX)); // a limit beyond any number of branches
         Ok(Some(JoinSpec {
             strategy: strategy.cast::<PyJoinStrategy>()?.get().0,
             next: target,
             timeout: config.getattr(intern!(py, "timeout"))?.extract()?,
-            bulkhead: config.getattr(intern!(py, "bulkhead"))?.extract()?,
+            bulkhead: own,
+            shared,
             fail_fast: config.getattr(intern!(py, "fail_fast"))?.extract()?,
+            hedge_after: config.getattr(intern!(py, "hedge_after"))?.extract()?,
         }))
     }
 
@@ -285,6 +314,7 @@ impl Table {
         visit.call(&self.index.by_value)?;
         for state in &self.states {
             visit.call(&state.key)?;
+            visit.call(state.join().and_then(|join| join.shared.as_ref()))?;
             match &state.kind {
                 Kind::Exit => {}
                 Kind::Task { task, .. } | Kind::Factory { task, .. } => visit.call(task)?,

@@ -1,6 +1,7 @@
 //! Longer stories about the rules, told through their public face.
 
 mod breaker;
+mod bulkhead;
 mod graph;
 mod join;
 mod limiter;
