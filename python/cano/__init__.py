@@ -39,6 +39,7 @@ from ._errors import (
     WorkflowTimeoutError,
 )
 from ._join import JoinConfig
+from ._on_error import Caught
 from ._resources import FromResources, HealthStatus, Res, Resource, Resources
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
@@ -47,6 +48,7 @@ __all__ = [
     "AttemptTimeoutError",
     "BranchOutcome",
     "CanoError",
+    "Caught",
     "ConfigurationError",
     "DuplicateResourceError",
     "ErrorContext",

@@ -9,10 +9,12 @@ use crate::core::error::Error;
 /// The classes of `python/cano/_errors.py`; they are written there, so that they pickle, type and document like Python.
 mod python {
     pyo3::import_exception!(cano._errors, AttemptTimeoutError);
+    pyo3::import_exception!(cano._errors, CanoError);
     pyo3::import_exception!(cano._errors, ConfigurationError);
     pyo3::import_exception!(cano._errors, InvalidTransitionError);
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
     pyo3::import_exception!(cano._errors, NonRetryable);
+    pyo3::import_exception!(cano._errors, ResourceError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
     pyo3::import_exception!(cano._errors, StoreTypeError);

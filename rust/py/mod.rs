@@ -18,6 +18,8 @@ mod definition;
 
 mod memory;
 
+mod on_error;
+
 mod table;
 
 mod env;
