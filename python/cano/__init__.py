@@ -46,6 +46,7 @@ from ._errors import (
     WorkflowTimeoutError,
 )
 from ._join import JoinConfig
+from ._on_error import Caught
 from ._resources import FromResources, HealthStatus, Res, Resource, Resources
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
@@ -56,6 +57,7 @@ __all__ = [
     "BranchOutcome",
     "Bulkhead",
     "CanoError",
+    "Caught",
     "CircuitBreaker",
     "CircuitOpenError",
     "CircuitPolicy",

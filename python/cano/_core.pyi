@@ -466,7 +466,15 @@ class Table:
     def __new__(
         cls,
         subject: str,
-        entries: Iterable[tuple[Any, str, TaskSpec | tuple[TaskSpec, ...] | Factory | None, JoinConfig[Any] | None]],
+        entries: Iterable[
+            tuple[
+                Any,
+                str,
+                TaskSpec | tuple[TaskSpec, ...] | Factory | None,
+                JoinConfig[Any] | None,
+                tuple[tuple[type[Exception], Any], ...],
+            ]
+        ],
         shims: tuple[
             Callable[[Any], tuple[TaskSpec, ...]],
             Callable[[Run], Coroutine[Any, Any, Any]],

@@ -36,6 +36,7 @@ from . import _core
 from ._config import TaskConfig
 from ._core import RunContext, SplitResult
 from ._errors import ConfigurationError, check_text, show
+from ._on_error import caught_by
 from ._resources import Resources, is_a, resource_of
 
 S = TypeVar("S", bound=Hashable)
@@ -247,7 +248,8 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool)
         )
     raise ConfigurationError(
         f"parameter {parameter.name} of task {name} is annotated {show(str(annotation))}; a task takes Resources, "
-        f"Annotated[T, Res(key)], RunContext or, in the state that a split joins into, SplitResult"
+        f"Annotated[T, Res(key)], RunContext, SplitResult in the state that a split joins into, or Caught[E] in one that "
+        f"on_error leads to"
     )
 
 
@@ -256,6 +258,8 @@ _UNRESOLVED: Any = object()
 
 def _known(annotation: Any) -> _Source | None:
     """The source that an annotation stands for."""
+    if (source := caught_by(annotation)) is not None:
+        return source
     if get_origin(annotation) is Annotated:
         marked = resource_of(annotation)
         if marked is None:

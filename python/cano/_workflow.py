@@ -20,6 +20,7 @@ from ._errors import (
     show,
 )
 from ._join import JoinConfig
+from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
 from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepare_factory, states_of
 
@@ -66,7 +67,7 @@ class Workflow(Generic[S]):
             check_name(name)
         self._name = name or "workflow"
         self._resources = _as_resources(resources)
-        self._states: dict[S, tuple[_Work, JoinConfig[S] | None]] = {}
+        self._states: dict[S, tuple[_Work, JoinConfig[S] | None, Keys[S]]] = {}
         self._exits: dict[S, None] = {}
         self._timeout: float | None = None
         self._workflow_id: str | None = None
@@ -80,30 +81,57 @@ class Workflow(Generic[S]):
     # --- registration ------------------------------------------------------------------------------------------------
 
     def register(
-        self, state: S, task: object, *, config: TaskConfig | None = None, join: JoinConfig[S] | None = None
+        self,
+        state: S,
+        task: object,
+        *,
+        config: TaskConfig | None = None,
+        join: JoinConfig[S] | None = None,
+        on_error: OnError[S] | None = None,
     ) -> Self:
         """Give a state its task.
 
         Args:
             state: Any hashable value, usually an Enum member.
             task: A function, async or plain, a callable, or an object with a method ``run`` or ``run_bare``. Its parameters
-                are filled in by annotation: Resources, Annotated[T, Res(key)], RunContext, SplitResult; a single parameter
-                without annotation gets the resources.
+                are filled in by annotation: Resources, Annotated[T, Res(key)], RunContext, SplitResult, Caught[E]; a single
+                parameter without annotation gets the resources.
             config: How the task is run; None takes the task's own attribute ``config``, or else ``TaskConfig()``.
             join: Lets the task return ``TaskResult.Split([s1, s2])``: each listed state starts a branch that runs through
                 registered states until it reaches an exit state or ``join.next_state``. None refuses such a result.
+            on_error: The state that follows an error which would leave the run from this one, retries included, by the
+                error's class: a mapping from subclasses of Exception, or tuples of them, to states. The most specific class
+                decides; the state's task may take the error as ``Caught[E]``. None lets every error leave the run.
+
+                A `RetryExhaustedError` follows the failure that is its cause, unless a key names RetryExhaustedError
+                itself. A ConfigurationError, InvalidTransitionError, UnknownStateError, ResourceError or plain WorkflowError
+                follows only keys that are classes of cano's. Never routed: `asyncio.CancelledError` and what else is no
+                Exception, the end of the run's own timeout, and any error of a task that was told to stop.
 
         Returns:
             The workflow itself, so that calls chain.
 
         Raises:
-            ConfigurationError: The state already has a task, the task cannot be called, or the workflow is frozen.
+            ConfigurationError: The state already has a task, the task cannot be called, a key of `on_error` is no class of
+                errors, or the workflow is frozen.
+
+        Example:
+            >>> workflow = Workflow[str]().register("charge", lambda: 1 / 0, on_error={ArithmeticError: "failed"})
+            >>> asyncio.run(workflow.add_exit_state("failed").orchestrate("charge"))
+            'failed'
         """
         if join is not None and not isinstance(join, JoinConfig):
             raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
-        return self._add(state, prepare(task, config), join)
+        return self._add(state, prepare(task, config), join, on_error)
 
-    def register_split(self, state: S, tasks: Iterable[object] | Callable[..., object], join: JoinConfig[S]) -> Self:
+    def register_split(
+        self,
+        state: S,
+        tasks: Iterable[object] | Callable[..., object],
+        join: JoinConfig[S],
+        *,
+        on_error: OnError[S] | None = None,
+    ) -> Self:
         """Give a state several tasks, which run at once and are joined.
 
         Args:
@@ -111,6 +139,7 @@ class Workflow(Generic[S]):
             tasks: The branches, in order: an iterable of tasks (read now), or a function, async or plain, that returns one
                 each time the state is entered; its parameters are filled in like a task's.
             join: When the workflow may go on, and where to.
+            on_error: As in `register`; the error of a split whose join fails is its JoinError, whatever its branches raised.
 
         Returns:
             The workflow itself, so that calls chain.
@@ -123,11 +152,16 @@ class Workflow(Generic[S]):
         if not isinstance(join, JoinConfig):
             raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
         if isinstance(tasks, Iterable) or not callable(tasks):
-            return self._add(state, prepare_branches(tasks), join)
-        return self._add(state, prepare_factory(tasks), join)
+            return self._add(state, prepare_branches(tasks), join, on_error)
+        return self._add(state, prepare_factory(tasks), join, on_error)
 
     def task(
-        self, state: S, *, config: TaskConfig | None = None, join: JoinConfig[S] | None = None
+        self,
+        state: S,
+        *,
+        config: TaskConfig | None = None,
+        join: JoinConfig[S] | None = None,
+        on_error: OnError[S] | None = None,
     ) -> Callable[[F], F]:
         """`register` as a decorator; the function stays what it is.
 
@@ -139,7 +173,7 @@ class Workflow(Generic[S]):
         """
 
         def decorate(function: F) -> F:
-            self.register(state, function, config=config, join=join)
+            self.register(state, function, config=config, join=join, on_error=on_error)
             return function
 
         return decorate
@@ -157,7 +191,7 @@ class Workflow(Generic[S]):
             self.add_exit_state(state)
         return self
 
-    def _add(self, state: S, work: _Work, join: JoinConfig[S] | None) -> Self:
+    def _add(self, state: S, work: _Work, join: JoinConfig[S] | None, on_error: OnError[S] | None) -> Self:
         if self._table is not None:
             self._check_open()
         _check_state(state)
@@ -166,7 +200,10 @@ class Workflow(Generic[S]):
                 f"state {label(state)} of workflow {self._name} already has {_described(self._states[state][0])}, "
                 f"it cannot have {_described(work)} as well"
             )
-        self._states[state] = (work, join)
+        keys = keys_of(state, on_error)
+        for _, target in keys:
+            _check_state(target)
+        self._states[state] = (work, join, keys)
         return self
 
     def _check_open(self) -> None:
@@ -236,8 +273,9 @@ class Workflow(Generic[S]):
 
         Found, all at once: no states; no exit states; states with the same label; targets and joins that are neither
         registered nor exit states; joins that cannot be reached by their branches; a SplitResult asked for where no split
-        joins; and, from the annotations (``Literal[S.A, S.B]``), states that cannot be reached from the one registered
-        first and states without a way to an exit. A task without such an annotation may return any state.
+        joins, or an error where no ``on_error`` leads; and, from the annotations (``Literal[S.A, S.B]``), states that cannot
+        be reached from the one registered first and states without a way to an exit. A task without such an annotation may
+        return any state.
 
         Raises:
             ConfigurationError: The definition has problems; its ``problems`` lists every one.
@@ -255,11 +293,11 @@ class Workflow(Generic[S]):
     def _frozen(self) -> _core.Table:
         if self._table is None:
             exits = self._exits
-            entries: list[tuple[Any, str, _Work | None, JoinConfig[S] | None]] = [
-                (state, _label(state), None, None) if state in exits else (state, _label(state), work, join)
-                for state, (work, join) in self._states.items()
+            entries: list[tuple[Any, str, _Work | None, JoinConfig[S] | None, Keys[S]]] = [
+                (state, _label(state), None, None, ()) if state in exits else (state, _label(state), *registered)
+                for state, registered in self._states.items()
             ]
-            entries += [(state, _label(state), None, None) for state in exits if state not in self._states]
+            entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
             self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS)
         return self._table
 

@@ -5,13 +5,15 @@ use std::fmt;
 
 /// A state of a definition.
 ///
-/// A state that is both registered and an exit is an exit: reaching it ends the run, and its `next`
-/// is not looked at.
+/// A state that is both registered and an exit is an exit: reaching it ends the run, and where it
+/// leads is not looked at.
 #[derive(Debug, Clone)]
 pub struct Node {
     pub label: String,
     pub exit: bool,
     pub next: Next,
+    /// Where an error of its task leads.
+    pub on_error: Vec<Target>,
 }
 
 /// Where a state may lead.
@@ -143,7 +145,7 @@ fn without_way_out(nodes: &[Node]) -> Vec<Problem> {
         back[to].push(from);
     }
     // A target that is missing has been reported; it may well be the way out.
-    let leads_astray = |node: &Node| targets(node).iter().any(|target| matches!(target, Target::Missing(_)));
+    let leads_astray = |node: &Node| targets(node).any(|target| matches!(target, Target::Missing(_)));
     let is_end = |at: &usize| nodes[*at].exit || leads_anywhere(&nodes[*at]) || leads_astray(&nodes[*at]);
     let saved = flood(&back, (0..nodes.len()).filter(is_end).collect());
 
@@ -152,11 +154,12 @@ fn without_way_out(nodes: &[Node]) -> Vec<Problem> {
 }
 
 /// What a state says about its successors; an exit has none.
-fn targets(node: &Node) -> &[Target] {
-    match &node.next {
-        Next::Declared(targets) if !node.exit => targets,
-        Next::Declared(_) | Next::Undeclared => &[],
-    }
+fn targets(node: &Node) -> impl Iterator<Item = &Target> {
+    let declared: &[Target] = match &node.next {
+        Next::Declared(targets) => targets,
+        Next::Undeclared => &[],
+    };
+    declared.iter().chain(&node.on_error).filter(|_| !node.exit)
 }
 
 fn leads_anywhere(node: &Node) -> bool {
@@ -165,7 +168,7 @@ fn leads_anywhere(node: &Node) -> bool {
 
 fn edges(nodes: &[Node]) -> impl Iterator<Item = (usize, usize)> {
     nodes.iter().enumerate().flat_map(|(from, node)| {
-        targets(node).iter().filter_map(move |target| match target {
+        targets(node).filter_map(move |target| match target {
             Target::State(to) => Some((from, *to)),
             Target::Missing(_) => None,
         })

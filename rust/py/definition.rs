@@ -226,6 +226,10 @@ pub(super) enum Source {
     Joined {
         optional: bool,
     },
+    Caught {
+        classes: Py<PyTuple>,
+        optional: bool,
+    },
 }
 
 /// How a function wants to be called, read once from its signature, and the states its annotation declares.
@@ -243,6 +247,7 @@ pub(super) struct Plan {
 impl Plan {
     #[new]
     fn new(
+        py: Python<'_>,
         sources: Vec<(String, Py<PyAny>, Py<PyAny>)>,
         keywords: Option<Py<PyTuple>>,
         declared: Option<Py<PyTuple>>,
@@ -257,6 +262,8 @@ impl Plan {
                 "run" => Ok(Source::Run),
                 "joined" => Ok(Source::Joined { optional: false }),
                 "joined or none" => Ok(Source::Joined { optional: true }),
+                "caught" => Ok(Source::Caught { classes: key.extract(py)?, optional: false }),
+                "caught or none" => Ok(Source::Caught { classes: key.extract(py)?, optional: true }),
                 other => Err(PyTypeError::new_err(format!("no such argument source: {other}"))),
             })
             .collect::<PyResult<_>>()?;
@@ -271,9 +278,13 @@ impl Plan {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         for source in &self.sources {
-            if let Source::Resource { key, class } = source {
-                visit.call(key)?;
-                visit.call(class)?;
+            match source {
+                Source::Resource { key, class } => {
+                    visit.call(key)?;
+                    visit.call(class)?;
+                }
+                Source::Caught { classes, .. } => visit.call(classes)?,
+                Source::Resources | Source::Context | Source::Run | Source::Joined { .. } => {}
             }
         }
         visit.call(&self.keywords)?;
@@ -282,6 +293,11 @@ impl Plan {
 }
 
 impl Plan {
+    /// Whether a parameter asks for the error that led into the state, and cannot do without it.
+    pub(super) fn needs_caught(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Caught { optional: false, .. }))
+    }
+
     pub(super) fn wants_context(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
     }

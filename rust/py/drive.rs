@@ -19,10 +19,9 @@ use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
 use super::convert::duration;
 use super::definition::{Source, TaskSpec};
-use super::env::{RunContext, arguments};
+use super::env::{Handed, RunContext, arguments};
 use super::errors::{AttemptTimeoutError, RetryAfter, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
-use super::result::SplitResult;
 use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
 use super::split::Split;
@@ -86,8 +85,8 @@ pub(super) struct Drive {
     /// Whether the present phase has not suspended yet.
     pub(super) fresh: bool,
     pub(super) unsuspended: u32,
-    /// The result of the split that led into the present state.
-    pub(super) joined: Option<Py<SplitResult>>,
+    /// What led into the present state.
+    pub(super) handed: Handed,
     pub(super) timer: Timer,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
@@ -102,7 +101,7 @@ impl Drive {
             attempt: 0,
             fresh: true,
             unsuspended: 0,
-            joined: None,
+            handed: Handed::Nothing,
             timer: Timer::default(),
             grant: None,
         }
@@ -132,18 +131,22 @@ impl Drive {
             let flow = match phase {
                 Phase::Enter(_) | Phase::Call if matches!(input, Some(Input::Throw(_))) => {
                     let Some(Input::Throw(error)) = input else { unreachable!("matched above") };
-                    return Err(self.interrupted(run, error)?);
+                    self.interrupted(run, error).and_then(Err)
                 }
-                Phase::Enter(state) => self.enter(run, state)?,
-                Phase::Call => self.call(run)?,
+                Phase::Enter(state) => self.enter(run, state),
+                Phase::Call => self.call(run),
                 Phase::Work(work, inner) => {
                     let input = input.take().unwrap_or_else(|| Input::nothing(py));
-                    self.work(run, work, inner.into_bound(py), input)?
+                    self.work(run, work, inner.into_bound(py), input)
                 }
-                Phase::Join(split) => self.join(run, split, input.take())?,
+                Phase::Join(split) => self.join(run, split, input.take()),
                 Phase::Over => return Err(WorkflowError::new_err("the run is over")),
             };
             input = None;
+            let flow = match flow {
+                Ok(flow) => flow,
+                Err(error) => self.on_error(run, error)?,
+            };
             match flow {
                 Flow::Go(next) => phase = next,
                 Flow::Suspend(value, next) => {
@@ -201,7 +204,7 @@ impl Drive {
             }
             match table.by_identity(&value) {
                 Some(next) if entry.may_lead_to(next) => {
-                    self.joined = None;
+                    self.handed = Handed::Nothing;
                     state = next;
                 }
                 _ => return self.route(run, &value),
@@ -295,16 +298,7 @@ impl Drive {
                     }
                 };
                 let plan = task.plan.bind(py);
-                task.call(
-                    py,
-                    arguments(
-                        plan,
-                        this.env.get(),
-                        context,
-                        Some(run),
-                        self.joined.as_ref().map(|joined| joined.bind(py).as_any()),
-                    )?,
-                )
+                task.call(py, arguments(plan, this.env.get(), context, Some(run), &self.handed)?)
             }
         }
     }
@@ -498,23 +492,25 @@ impl Drive {
     pub(super) fn suspended(&mut self, run: &Bound<'_, Run>) -> PyResult<()> {
         if mem::take(&mut self.fresh) {
             let py = run.py();
-            let watched = self.is_repeatable(run);
+            let watched = self.may_go_on(run);
             self.timer.suspended(py, run.get().budget(), watched, |due| arm(run, due))?;
         }
         Ok(())
     }
 
-    /// Whether a failure of the present task may be followed by another attempt.
-    fn is_repeatable(&self, run: &Bound<'_, Run>) -> bool {
-        let task = match &self.program {
-            Program::Branch(task) => task,
+    /// Whether a failure of the present task may be followed by another attempt, or by a state.
+    fn may_go_on(&self, run: &Bound<'_, Run>) -> bool {
+        match &self.program {
+            Program::Branch(task) => return task.get().max_attempts() > 1,
             Program::Items(_) => return false,
-            Program::Machine { .. } => match &run.get().env.get().table.get().states[self.state].kind {
-                Kind::Task { task, .. } => task,
-                Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => return false,
-            },
+            Program::Machine { .. } => {}
+        }
+        let state = &run.get().env.get().table.get().states[self.state];
+        let is_repeatable = match &state.kind {
+            Kind::Task { task, .. } => task.get().max_attempts() > 1,
+            Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => false,
         };
-        task.get().max_attempts() > 1
+        is_repeatable || !state.on_error.is_empty()
     }
 
     pub(super) fn timer_fired(&mut self, run: &Bound<'_, Run>) -> PyResult<Option<Py<PyAny>>> {
@@ -546,7 +542,7 @@ impl Drive {
         }
     }
 
-    /// Annotates the exception that ends the run.
+    /// Annotates the exception that ends the run, unless `on_error` says otherwise.
     pub(super) fn failed(&self, run: &Bound<'_, Run>, task: Option<Py<TaskSpec>>, mut error: PyErr) -> PyErr {
         if error.is_instance_of::<PyStopIteration>(run.py()) {
             error = self.stop_iteration(run, error).unwrap_or_else(|problem| problem);
@@ -593,7 +589,11 @@ impl Drive {
             }
             Program::Items(None) | Program::Machine { .. } => {}
         }
-        visit.call(&self.joined)?;
+        match &self.handed {
+            Handed::Nothing => {}
+            Handed::Joined(result) => visit.call(result)?,
+            Handed::Caught(error) => visit.call(error)?,
+        }
         self.timer.traverse(visit)
     }
 }

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyBaseException, PyRuntimeError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::asyncio::Clock;
@@ -172,6 +172,17 @@ pub(super) struct Scope {
     pub(super) entered: u64,
 }
 
+/// What led into a state, for the one visit that began with it.
+#[derive(Default)]
+pub(super) enum Handed {
+    #[default]
+    Nothing,
+    /// The `SplitResult` of the split that joined into the state.
+    Joined(Py<PyAny>),
+    /// The error that `on_error` sent there.
+    Caught(Py<PyBaseException>),
+}
+
 /// Where a task is: its run, state, attempt, visit and branch.
 #[pyclass(frozen, module = "cano")]
 pub(super) struct RunContext {
@@ -277,7 +288,7 @@ pub(super) fn arguments<'py>(
     env: &Env,
     context: impl Fn() -> RunContext,
     run: Option<&Bound<'py, Run>>,
-    joined: Option<&Bound<'py, PyAny>>,
+    handed: &Handed,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = plan.py();
     plan.get()
@@ -292,14 +303,40 @@ pub(super) fn arguments<'py>(
                 Some(run) => Ok(run.clone().into_any()),
                 None => Err(PyRuntimeError::new_err("a branch without a run of its own was asked for its run")),
             },
-            Source::Joined { optional } => match joined {
-                Some(result) => Ok((*result).clone()),
-                None if *optional => Ok(py.None().into_bound(py)),
-                None => Err(errors::WorkflowError::new_err(
+            Source::Joined { optional } => match handed {
+                Handed::Joined(result) => Ok(result.bind(py).clone()),
+                Handed::Nothing | Handed::Caught(_) if *optional => Ok(py.None().into_bound(py)),
+                Handed::Nothing | Handed::Caught(_) => Err(errors::WorkflowError::new_err(
                     "the task takes a SplitResult, but its state was not entered through a split; \
                      annotate the parameter SplitResult | None",
                 )),
             },
+            Source::Caught { classes, optional } => match handed {
+                Handed::Caught(error) if error.bind(py).is_instance(classes.bind(py))? => {
+                    Ok(error.bind(py).as_any().clone())
+                }
+                Handed::Caught(error) => {
+                    let (asked, came) = (names(classes.bind(py))?, error.bind(py).get_type().name()?);
+                    Err(errors::WorkflowError::new_err(format!(
+                        "the task takes Caught[{asked}], but its state was entered with {came}; \
+                         annotate the parameter Caught[{asked} | {came}]"
+                    )))
+                }
+                Handed::Nothing | Handed::Joined(_) if *optional => Ok(py.None().into_bound(py)),
+                Handed::Nothing | Handed::Joined(_) => {
+                    let asked = names(classes.bind(py))?;
+                    Err(errors::WorkflowError::new_err(format!(
+                        "the task takes Caught[{asked}], but its state was not entered through on_error; \
+                         annotate the parameter Caught[{asked}] | None"
+                    )))
+                }
+            },
         })
         .collect()
+}
+
+/// "CardDeclined | Expired"
+fn names(classes: &Bound<'_, PyTuple>) -> PyResult<String> {
+    let names = classes.iter().map(|class| Ok(class.cast::<PyType>()?.name()?.to_string()));
+    Ok(names.collect::<PyResult<Vec<_>>>()?.join(" | "))
 }

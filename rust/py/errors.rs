@@ -12,10 +12,12 @@ use crate::core::error::Error;
 mod python {
     pyo3::import_exception!(cano._errors, AttemptTimeoutError);
     pyo3::import_exception!(cano._errors, CircuitOpenError);
+    pyo3::import_exception!(cano._errors, CanoError);
     pyo3::import_exception!(cano._errors, ConfigurationError);
     pyo3::import_exception!(cano._errors, InvalidTransitionError);
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
     pyo3::import_exception!(cano._errors, NonRetryable);
+    pyo3::import_exception!(cano._errors, ResourceError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
     pyo3::import_exception!(cano._errors, StoreTypeError);

@@ -8,7 +8,7 @@ use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::env::Env;
-use super::errors::{label, show};
+use super::errors::{WorkflowTimeoutError, label, show};
 
 /// How many of the newest states stand in a note.
 const SHOWN: usize = 16;
@@ -216,6 +216,16 @@ impl Failure<'_> {
         add_note(error, &own, note)?;
         error.setattr(name, self.context(py, env, trail))
     }
+}
+
+/// Whether an exception is the end of this run's budget; that of a run which a task started is a failure like any other.
+pub(super) fn is_out_of_budget(env: &Env, error: &Bound<'_, PyBaseException>) -> bool {
+    if !error.is_instance_of::<WorkflowTimeoutError>() {
+        return false;
+    }
+    let Ok(context) = error.getattr(intern!(error.py(), "__cano__")) else { return false };
+    let context = context.cast::<ErrorContext>();
+    context.is_ok_and(|context| (context.get().sequence, context.get().attempt) == (env.sequence, 0))
 }
 
 /// `add_note()`; the first one is put down directly, which costs a quarter, unless the class has a way of its own.

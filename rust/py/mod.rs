@@ -24,6 +24,8 @@ mod breaker;
 
 mod bulkhead;
 
+mod on_error;
+
 mod table;
 
 mod env;
@@ -60,6 +62,7 @@ mod _core {
     use super::branch::configure_branches;
     #[pymodule_export]
     use super::breaker::{PyBreaker, PyPermit};
+    #[pymodule_export]
     use super::bulkhead::PyBulkhead;
     #[pymodule_export]
     use super::circuit_policy::PyCircuitPolicy;

@@ -1,4 +1,4 @@
-//! What follows from what a task returned: the next state, or a split and its join.
+//! What follows from what a task returned or raised: the next state, or a split and its join.
 
 use pyo3::exceptions::PyTimeoutError;
 use pyo3::intern;
@@ -9,10 +9,11 @@ use crate::core::join::{Join, JoinVerdict};
 
 use super::definition::TaskSpec;
 use super::drive::{Drive, Flow, Items, Phase, Program};
-use super::env::Env;
+use super::env::{Env, Handed};
 use super::errors::{
     InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
 };
+use super::failure::is_out_of_budget;
 use super::feed::Feed;
 use super::result::SplitResult;
 use super::run::{Input, Run};
@@ -33,8 +34,30 @@ impl Drive {
         if !table.states[self.state].may_lead_to(next) {
             return Err(self.undeclared(run, table, next));
         }
-        self.joined = None;
+        self.handed = Handed::Nothing;
         Ok(Flow::Go(Phase::Enter(next)))
+    }
+
+    /// The state that an error leads to, if the present one has named one; otherwise the error leaves the run.
+    #[cold]
+    pub(super) fn on_error<'py>(&mut self, run: &Bound<'py, Run>, error: PyErr) -> PyResult<Flow<'py>> {
+        let (py, env) = (run.py(), run.get().env.get());
+        let on_error = &env.table.get().states[self.state].on_error;
+        if on_error.is_empty() || matches!(self.program, Program::Branch(_)) {
+            return Err(error);
+        }
+        // A run that was told to stop does not go on, whatever its task made of the cancellation.
+        if !self.fresh && self.timer.was_cancelled(py)? {
+            return Err(error);
+        }
+        let error = error.into_value(py).into_bound(py);
+        match on_error.find(&error).filter(|_| !is_out_of_budget(env, &error)) {
+            Some((caught, next)) => {
+                self.handed = Handed::Caught(caught.unbind());
+                Ok(Flow::Go(Phase::Enter(next)))
+            }
+            None => Err(PyErr::from_value(error.into_any())),
+        }
     }
 
     #[cold]
@@ -227,7 +250,7 @@ impl Drive {
             unreachable!("a split was opened from a state that has a join")
         };
         if verdict == JoinVerdict::Proceed {
-            self.joined = Some(Py::new(py, result)?);
+            self.handed = Handed::Joined(Py::new(py, result)?.into_any());
             return Ok(Flow::Go(Phase::Enter(join.next)));
         }
         let error = self.join_failed(run, join, verdict, result)?;

@@ -29,8 +29,9 @@ use super::branch;
 use super::bulkhead::Grant;
 use super::definition::TaskSpec;
 use super::drive::Drive;
-use super::env::{Env, RunContext, Scope, arguments};
-use super::errors::{CancelledError, WorkflowTimeoutError, from_panic};
+use super::env::{Env, Handed, RunContext, Scope, arguments};
+use super::errors::{CancelledError, from_panic};
+use super::failure::is_out_of_budget;
 use super::feed::{FEEDER, Feed};
 use super::gates::Gates;
 use super::result::{End, Ended, Origin, SplitResult};
@@ -322,7 +323,7 @@ impl Split {
                 if plan.get().sources.is_empty() {
                     task.get().call_bare(py)?
                 } else {
-                    task.get().call(py, arguments(plan, env, context, None, None)?)?
+                    task.get().call(py, arguments(plan, env, context, None, &Handed::Nothing)?)?
                 }
             }
             Start::Task(task) => {
@@ -462,7 +463,7 @@ impl Split {
     fn as_failure(&self, py: Python<'_>, error: Py<PyBaseException>) -> Result<Py<PyBaseException>, Option<PyErr>> {
         let raised = error.bind(py);
         if raised.is_instance_of::<PyException>() {
-            let is_fatal = raised.is_instance_of::<WorkflowTimeoutError>() && self.is_of_this_run(raised);
+            let is_fatal = is_out_of_budget(self.env.get(), raised);
             return if is_fatal { Err(Some(PyErr::from_value(raised.clone().into_any()))) } else { Ok(error) };
         }
         if raised.is_instance_of::<CancelledError>() {
@@ -472,14 +473,6 @@ impl Split {
             Ok(failure) => Ok(failure.into_value(py)),
             Err(fatal) => Err(Some(fatal)),
         }
-    }
-
-    /// Whether an exception says that it comes from this run, not from one that a branch started.
-    fn is_of_this_run(&self, error: &Bound<'_, PyBaseException>) -> bool {
-        let py = error.py();
-        let context = error.getattr(intern!(py, "__cano__"));
-        let sequence = context.and_then(|context| context.getattr(intern!(py, "sequence"))?.extract::<u64>());
-        sequence.is_ok_and(|sequence| sequence == self.env.get().sequence)
     }
 
     /// The branches that have started and not ended.

@@ -10,8 +10,9 @@ use crate::core::join::JoinStrategy;
 
 use super::bulkhead::PyBulkhead;
 use super::convert::is_hashable;
-use super::definition::{PyJoinStrategy, TaskSpec};
+use super::definition::{Plan, PyJoinStrategy, TaskSpec};
 use super::errors::{ConfigurationError, configuration, shown_label};
+use super::on_error::OnError;
 
 /// State object -> dense index.
 ///
@@ -128,6 +129,7 @@ pub(super) struct State {
     pub(super) kind: Kind,
     /// Indices of the states that the task declared to return; None where it declared nothing.
     pub(super) declared: Option<Box<[usize]>>,
+    pub(super) on_error: OnError,
 }
 
 /// A frozen workflow.
@@ -152,7 +154,11 @@ struct Entry<'py>(
     Bound<'py, PyString>,      // its label
     Bound<'py, PyAny>,         // TaskSpec, tuple of TaskSpec, or None for an exit
     Option<Bound<'py, PyAny>>, // JoinConfig
+    Vec<Key<'py>>,             // on_error
 );
+
+/// A class of errors, and the state that it leads to.
+type Key<'py> = (Bound<'py, PyType>, Bound<'py, PyAny>);
 
 /// What an annotation lists: the indices of the states, and the targets for the graph.
 type Declared = (Box<[usize]>, Vec<Target>);
@@ -161,6 +167,9 @@ type Declared = (Box<[usize]>, Vec<Target>);
 struct Checked<'a> {
     index: &'a Index,
     problems: Vec<String>,
+    /// The states that some join, and some `on_error`, leads to.
+    joined: Vec<usize>,
+    caught: Vec<usize>,
 }
 
 impl Checked<'_> {
@@ -178,6 +187,7 @@ impl Checked<'_> {
         let bulkhead = config.getattr(intern!(py, "bulkhead"))?;
         let shared = bulkhead.cast::<PyBulkhead>().ok().map(|shared| shared.clone().unbind());
         let own = (shared.is_none() && !bulkhead.is_none()).then(|| bulkhead.extract().unwrap_or(usize::MAX)); // a limit beyond any number of branches
+        self.joined.push(target);
         Ok(Some(JoinSpec {
             strategy: strategy.cast::<PyJoinStrategy>()?.get().0,
             next: target,
@@ -204,19 +214,38 @@ impl Checked<'_> {
         let mut indices = Vec::new();
         let mut targets = Vec::new();
         for state in declared.bind(py) {
-            match self.index.by_value(&state)? {
-                Some(index) => {
-                    indices.push(index);
-                    targets.push(Target::State(index));
-                }
-                None => targets.push(Target::Missing(shown_label(&state)?)),
+            let target = self.target(&state)?;
+            if let Target::State(index) = target {
+                indices.push(index);
             }
+            targets.push(target);
         }
         Ok(Some((indices.into_boxed_slice(), targets)))
     }
 
+    fn on_error(&mut self, keys: Vec<Key<'_>>) -> PyResult<(OnError, Vec<Target>)> {
+        let mut found = Vec::new();
+        let mut targets = Vec::new();
+        for (class, state) in keys {
+            let target = self.target(&state)?;
+            if let Target::State(index) = target {
+                found.push((class.unbind(), index));
+                self.caught.push(index);
+            }
+            targets.push(target);
+        }
+        Ok((OnError::new(found), targets))
+    }
+
+    fn target(&self, state: &Bound<'_, PyAny>) -> PyResult<Target> {
+        Ok(match self.index.by_value(state)? {
+            Some(index) => Target::State(index),
+            None => Target::Missing(shown_label(state)?),
+        })
+    }
+
     fn state(&mut self, entry: Entry<'_>) -> PyResult<(Option<State>, Node)> {
-        let Entry(key, label, work, join) = entry;
+        let Entry(key, label, work, join, on_error) = entry;
         let (py, name) = (key.py(), label.to_string());
         let mut declared = None;
         let mut next = Next::Undeclared;
@@ -249,9 +278,55 @@ impl Checked<'_> {
             let lost = join.is_some() && join_spec.is_none();
             (!lost).then(|| Kind::Task { task: task.clone().unbind(), fork: join_spec })
         };
-        let node = Node { label: name, exit: work.is_none(), next };
-        let state = kind.map(|kind| State { key: key.unbind(), label: label.unbind(), kind, declared });
+        let (on_error, error_targets) = self.on_error(on_error)?;
+        let node = Node { label: name, exit: work.is_none(), next, on_error: error_targets };
+        let state = kind.map(|kind| State { key: key.unbind(), label: label.unbind(), kind, declared, on_error });
         Ok((state, node))
+    }
+}
+
+impl Checked<'_> {
+    /// Tasks that need a `SplitResult` or an error although none can be there for them.
+    fn handed_nothing(&self, py: Python<'_>, states: &[Option<State>]) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (index, state) in states.iter().enumerate() {
+            let Some(State { label, kind, .. }) = state else { continue };
+            match kind {
+                Kind::Exit => {}
+                Kind::Task { task, .. } | Kind::Factory { task, .. } => {
+                    let plan = task.get().plan_ref();
+                    if plan.needs_joined() && !self.joined.contains(&index) {
+                        problems.push(format!(
+                            "the task of state {label} takes a SplitResult, but no split joins into that state"
+                        ));
+                    }
+                    if plan.needs_caught() && !self.caught.contains(&index) {
+                        problems.push(format!(
+                            "the task of state {label} takes a Caught error, but no on_error leads to that state"
+                        ));
+                    }
+                }
+                Kind::Split { branches, .. } => {
+                    let needs = |asks: fn(&Plan) -> bool| {
+                        let asks_one = |branch: Bound<'_, PyAny>| {
+                            branch.cast::<TaskSpec>().is_ok_and(|task| asks(task.get().plan_ref()))
+                        };
+                        branches.bind(py).iter().any(asks_one)
+                    };
+                    if needs(Plan::needs_joined) {
+                        problems.push(format!(
+                            "a branch of the split in state {label} takes a SplitResult, which only the state that it joins into gets"
+                        ));
+                    }
+                    if needs(Plan::needs_caught) {
+                        problems.push(format!(
+                            "a branch of the split in state {label} takes a Caught error, which only the task of a state gets"
+                        ));
+                    }
+                }
+            }
+        }
+        problems
     }
 }
 
@@ -275,7 +350,8 @@ impl Factory {
 
 #[pymethods]
 impl Table {
-    /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None), registered states first.
+    /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, on_error), registered states
+    /// first.
     #[new]
     fn new(
         py: Python<'_>,
@@ -285,21 +361,22 @@ impl Table {
     ) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
-        let mut checked = Checked { index: &index, problems: Vec::new() };
+        let mut checked = Checked { index: &index, problems: Vec::new(), joined: Vec::new(), caught: Vec::new() };
         let mut states = Vec::with_capacity(entries.len());
         let mut nodes = Vec::with_capacity(entries.len());
         for entry in entries {
             let (state, node) = checked.state(entry)?;
-            states.extend(state);
+            states.push(state);
             nodes.push(node);
         }
         let mut problems: Vec<String> =
             graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
         problems.append(&mut checked.problems);
-        problems.extend(joined_nowhere(py, &states));
+        problems.extend(checked.handed_nothing(py, &states));
         if !problems.is_empty() {
             return Err(configuration(py, subject, problems));
         }
+        let states: Vec<State> = states.into_iter().flatten().collect();
         let counts_visits = states.iter().any(|state| state.wants_context(py));
         let (prepare, drive, single, split) = shims;
         Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split })
@@ -315,6 +392,7 @@ impl Table {
         for state in &self.states {
             visit.call(&state.key)?;
             visit.call(state.join().and_then(|join| join.shared.as_ref()))?;
+            state.on_error.traverse(&visit)?;
             match &state.kind {
                 Kind::Exit => {}
                 Kind::Task { task, .. } | Kind::Factory { task, .. } => visit.call(task)?,
@@ -323,36 +401,6 @@ impl Table {
         }
         Ok(())
     }
-}
-
-/// Tasks that need a `SplitResult` although none can be there for them.
-fn joined_nowhere(py: Python<'_>, states: &[State]) -> Vec<String> {
-    let joined: Vec<usize> = states.iter().filter_map(|state| state.join().map(|join| join.next)).collect();
-    let mut problems = Vec::new();
-    for (index, state) in states.iter().enumerate() {
-        let label = state.label.bind(py);
-        match &state.kind {
-            Kind::Exit => {}
-            Kind::Task { task, .. } | Kind::Factory { task, .. } => {
-                if task.get().plan_ref().needs_joined() && !joined.contains(&index) {
-                    problems.push(format!(
-                        "the task of state {label} takes a SplitResult, but no split joins into that state"
-                    ));
-                }
-            }
-            Kind::Split { branches, .. } => {
-                let needs = |branch: &Bound<'_, PyAny>| {
-                    branch.cast::<TaskSpec>().is_ok_and(|task| task.get().plan_ref().needs_joined())
-                };
-                if branches.bind(py).iter().any(|branch| needs(&branch)) {
-                    problems.push(format!(
-                        "a branch of the split in state {label} takes a SplitResult, which only the state that it joins into gets"
-                    ));
-                }
-            }
-        }
-    }
-    problems
 }
 
 impl State {

@@ -4,17 +4,24 @@ use std::array;
 
 use crate::core::graph::{Next, Node, Problem, Target, problems};
 
+fn node(label: &str, exit: bool, next: Next) -> Node {
+    Node { label: label.to_owned(), exit, next, on_error: Vec::new() }
+}
+
 fn exit(label: &str) -> Node {
-    Node { label: label.to_owned(), exit: true, next: Next::Undeclared }
+    node(label, true, Next::Undeclared)
 }
 
 fn anywhere(label: &str) -> Node {
-    Node { label: label.to_owned(), exit: false, next: Next::Undeclared }
+    node(label, false, Next::Undeclared)
 }
 
 fn leads(label: &str, to: &[usize]) -> Node {
-    let targets = to.iter().map(|to| Target::State(*to)).collect();
-    Node { label: label.to_owned(), exit: false, next: Next::Declared(targets) }
+    node(label, false, Next::Declared(to.iter().map(|to| Target::State(*to)).collect()))
+}
+
+fn fails_into(node: Node, to: &[usize]) -> Node {
+    Node { on_error: to.iter().map(|to| Target::State(*to)).collect(), ..node }
 }
 
 fn texts(nodes: &[Node], start: Option<usize>) -> Vec<String> {
@@ -43,7 +50,7 @@ fn test_everything_is_found_at_once_and_in_order() {
     let faild = || Target::Missing("FAILD".to_owned());
     let typo = Next::Declared(vec![faild(), Target::State(1), faild()]);
     let nodes = [
-        Node { label: "VALIDATE".to_owned(), exit: false, next: typo },
+        node("VALIDATE", false, typo),
         leads("CHARGE", &[1]),
         leads("SHIP", &[3]),
         exit("DONE"),
@@ -66,10 +73,21 @@ fn test_everything_is_found_at_once_and_in_order() {
 fn test_a_registered_exit_ends_the_run() {
     // WF-019: what its task would return does not count
     let targets = vec![Target::State(2), Target::Missing("NOWHERE".to_owned())];
-    let both = Node { label: "BOTH".to_owned(), exit: true, next: Next::Declared(targets) };
+    let both = fails_into(node("BOTH", true, Next::Declared(targets)), &[2]);
     let nodes = [leads("A", &[1]), both, leads("B", &[1])];
 
     assert_eq!(problems(&nodes, None), [Problem::Unreachable { state: "B".to_owned() }]);
+}
+
+#[test]
+fn test_an_error_leads_like_a_result() {
+    let nodes = [fails_into(leads("A", &[1]), &[2]), leads("B", &[1]), leads("FAILED", &[3]), exit("DONE")];
+    assert_eq!(problems(&nodes, None), [Problem::NoWayOut { state: "B".to_owned() }]);
+
+    let missing = |to: &str| vec![Target::Missing(to.to_owned())];
+    let nodes = [Node { on_error: missing("FAILD"), ..anywhere("A") }, Node { on_error: missing("X"), ..exit("DONE") }];
+    let (from, to) = ("A".to_owned(), "FAILD".to_owned());
+    assert_eq!(problems(&nodes, None), [Problem::MissingTarget { from, to }]);
 }
 
 #[test]
@@ -95,7 +113,7 @@ fn test_long_chains_need_no_call_stack() {
 }
 
 /// Every definition of three states, every start: each state is an exit, undeclared, or leads to
-/// any subset.
+/// any subset, to the last of it by an error.
 #[test]
 fn test_small_definitions_match_a_closure_by_hand() {
     let shapes: Vec<_> = (0..10).collect();
@@ -115,18 +133,23 @@ fn shape(label: &str, kind: usize) -> Node {
     match kind {
         8 => anywhere(label),
         9 => exit(label),
-        subset => leads(label, &(0..3).filter(|to| subset >> to & 1 == 1).collect::<Vec<_>>()),
+        subset => {
+            let to: Vec<_> = (0..3).filter(|to| subset >> to & 1 == 1).collect();
+            let (by_result, by_error) = to.split_at(to.len().saturating_sub(1));
+            fails_into(leads(label, by_result), by_error)
+        }
     }
 }
 
 /// The rules with a reachability matrix, where an undeclared state has an edge to every state.
 fn by_hand(nodes: &[Node; 3], start: Option<usize>) -> Vec<Problem> {
     let edge = |from: &Node, to: usize| {
-        !from.exit
-            && match &from.next {
-                Next::Undeclared => true,
-                Next::Declared(targets) => targets.contains(&Target::State(to)),
-            }
+        let target = Target::State(to);
+        let by_result = match &from.next {
+            Next::Undeclared => true,
+            Next::Declared(targets) => targets.contains(&target),
+        };
+        !from.exit && (by_result || from.on_error.contains(&target))
     };
     let near = |from: usize, to: usize| from == to || edge(&nodes[from], to);
     let mut reach: [[bool; 3]; 3] = array::from_fn(|from| array::from_fn(|to| near(from, to)));
