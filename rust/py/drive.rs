@@ -199,8 +199,8 @@ impl Drive {
                 Step::Yielded(value) => return self.suspend(run, Work::Attempt, made, value),
                 Step::Raised(error) => return self.raised(run, Work::Attempt, error),
             };
-            if self.grant.is_some() {
-                self.settle(run, Outcome::Success);
+            if let (Some(grant), Some(breaker)) = (self.grant.take(), task.breaker()) {
+                PyBreaker::settle(breaker.bind(py), grant, Outcome::Success);
             }
             match table.by_identity(&value) {
                 Some(next) if entry.may_lead_to(next) => {
