@@ -283,7 +283,16 @@ impl Breaker {
         }
     }
 
+    /// Whether the time matters to a call that asks, or to an outcome that is no failure.
+    ///
+    /// A closed breaker that counts failures in a row does without; it may be given any moment.
+    #[inline]
+    pub fn needs_time(&self) -> bool {
+        !matches!((&self.phase, self.policy.trip), (Phase::Closed(_), Trip::ConsecutiveFailures { .. }))
+    }
+
     /// Asks for a permit to call.
+    #[inline]
     pub fn acquire(&mut self, now: Moment) -> Admission {
         let change = self.step(Event::Asked { now });
         let probe = match &mut self.phase {
@@ -298,6 +307,7 @@ impl Breaker {
     }
 
     /// Gives a permit back with the outcome of its call.
+    #[inline]
     pub fn record(&mut self, permit: Permit, outcome: Outcome, now: Moment) -> Option<Change> {
         if permit.epoch != self.epoch {
             return None;
@@ -316,6 +326,7 @@ impl Breaker {
         self.step(Event::Reset)
     }
 
+    #[inline]
     fn step(&mut self, event: Event) -> Option<Change> {
         let from = self.state();
         self.phase = self.next(event)?;
@@ -325,6 +336,7 @@ impl Breaker {
     }
 
     /// The transition table: the phase that an event begins, if it does.
+    #[inline]
     fn next(&mut self, event: Event) -> Option<Phase> {
         let policy = &self.policy;
         match (&mut self.phase, event) {
