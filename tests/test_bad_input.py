@@ -15,6 +15,8 @@ import pytest
 import cano
 from cano import (
     CanoError,
+    CircuitBreaker,
+    CircuitPolicy,
     ConfigurationError,
     DuplicateResourceError,
     FromResources,
@@ -169,6 +171,11 @@ def test_duration_message(call, text):
 
 NOT_A_NUMBER = [True, "1", b"1", Decimal(1), Fraction(1), 1j, [1], None]
 NOT_A_COUNT = [*NOT_A_NUMBER, 1.0, math.nan, 2**63, 10**400]
+CANNOT_LAST = [0, -1, math.nan, math.inf, 1e30, timedelta(), timedelta.max, True, "5", Decimal(5)]
+
+
+def slow_calls(**options):
+    return CircuitPolicy.rate(calls=9, **{"slow_call_duration": 1, "slow_call_rate": 0.5} | options)
 
 
 def cases(*groups):
@@ -196,6 +203,20 @@ def cases(*groups):
         ("jitter", lambda value: exponential(jitter=value), [-0.1, 1.5, True]),
         ("base", lambda value: RetryMode.exponential(1, value, max_delay=1), [1.5, timedelta(seconds=2)]),
         ("bulkhead", ALL.with_bulkhead, [0, -1, True, 1.0, "2", [1]]),
+        ("failure_threshold", CircuitPolicy, [0, -1, 1_000_001, True, 1.0, "5", 2**70]),  # CB-016
+        ("failure_threshold", CircuitBreaker, [0, -1, 1_000_001, True, 1.0, "5", 2**70]),
+        ("half_open_max_calls", lambda value: CircuitPolicy(5, 30, value), [0, -1, 10_001, 2**31, True, 1.0]),  # CB-016
+        ("half_open_max_calls", lambda value: CircuitBreaker(5, 30, value), [0, -1, 10_001, 2**31, True, 1.0]),
+        ("reset_timeout", lambda value: CircuitPolicy(5, value), CANNOT_LAST),
+        ("reset_timeout", lambda value: CircuitBreaker(5, value), CANNOT_LAST),
+        ("probe_timeout", lambda value: CircuitPolicy(probe_timeout=value), CANNOT_LAST),
+        ("failure_rate", lambda value: CircuitPolicy.rate(value, calls=9), [0, -0.1, 1.001, math.nan, True, "1"]),
+        ("calls", lambda value: CircuitPolicy.rate(0.5, calls=value), [0, -1, 10_001, True, 1.0]),
+        ("seconds", lambda value: CircuitPolicy.rate(0.5, seconds=value), CANNOT_LAST),
+        ("minimum_calls", lambda value: CircuitPolicy.rate(0.5, calls=9, minimum_calls=value), [0, -1, 10, True, 1.0]),
+        ("minimum_calls", lambda value: CircuitPolicy.rate(0.5, seconds=9, minimum_calls=value), [0, 1_000_001, True]),
+        ("slow_call_duration", lambda value: slow_calls(slow_call_duration=value), CANNOT_LAST),
+        ("slow_call_rate", lambda value: slow_calls(slow_call_rate=value), [0, -0.1, 1.001, math.nan, True, "1"]),
         ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
         ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
     ),
@@ -216,6 +237,13 @@ def test_number_out_of_range(name, call, value):
         pytest.param(lambda value: RetryMode.exponential(jitter=value), 1, id="full jitter"),
         pytest.param(lambda value: RetryMode.exponential(1, value, max_delay=value), 0, id="base of nothing"),
         pytest.param(ALL.with_bulkhead, 10**30, id="bulkhead beyond any split"),
+        pytest.param(CircuitPolicy, 1_000_000, id="failure threshold"),
+        pytest.param(lambda value: CircuitPolicy(1, 1, value), 10_000, id="probes"),
+        pytest.param(lambda value: CircuitPolicy(1, value), 315_576_000, id="reset after ten years"),  # B14
+        pytest.param(lambda value: CircuitPolicy(1, value), 1e-12, id="reset at once"),
+        pytest.param(lambda value: CircuitPolicy.rate(0.5, calls=value), 10_000, id="window of calls"),
+        pytest.param(lambda value: CircuitPolicy.rate(value, calls=1), 1, id="failure rate of 1"),
+        pytest.param(lambda value: CircuitPolicy.rate(0.5, calls=9, minimum_calls=value), 9, id="a full window"),
     ],
 )
 def test_number_at_its_limit(call, value):
@@ -277,6 +305,12 @@ def test_workflow_name(value):
 def test_health_level(value):
     """A health level is one of three words."""
     assert refusal(HealthStatus, value).startswith("level must be 'healthy', 'degraded' or 'unhealthy', got ")
+
+
+@pytest.mark.parametrize("value", ["", "x" * 129, "a\nb", "\ud800", 5, b"x", ["x"], True], ids=repr)
+def test_breaker_name(value):
+    """A breaker's name is a printable text of 1 to 128 bytes."""
+    assert refusal(lambda: CircuitBreaker(name=value)).startswith("name must ")
 
 
 # Definitions
@@ -400,6 +434,12 @@ def test_branches_made_at_run_time_that_are_none(made):
         pytest.param(lambda value: orchestrated(resources=value), "resources must be", id="resources of a run"),
         pytest.param(Resources, "resources must be a mapping", id="Resources"),
         pytest.param(lambda value: Resources().manage("x", value), "factory of 'x' must be callable", id="factory"),
+        pytest.param(
+            lambda value: CircuitBreaker(on_change=value), "on_change must be a function of (breaker", id="on_change"
+        ),
+        pytest.param(CircuitBreaker().record_success, "permit must be a Permit that try_acquire()", id="success"),
+        pytest.param(CircuitBreaker().record_failure, "permit must be a Permit that try_acquire()", id="failure"),
+        pytest.param(CircuitBreaker().record_ignored, "permit must be a Permit that try_acquire()", id="ignored"),
     ],
 )
 @pytest.mark.parametrize("value", [5, "x", True, [5]], ids=repr)
@@ -570,6 +610,33 @@ def starting(**options):
 
 # For each parameter: the words by which a refusal may name it, and a call that gives it a value.
 WALK = {
+    "CircuitBreaker.failure_threshold": ("failure_threshold", CircuitBreaker),
+    "CircuitBreaker.reset_timeout": ("reset_timeout", lambda value: CircuitBreaker(5, value)),
+    "CircuitBreaker.half_open_max_calls": ("half_open_max_calls", lambda value: CircuitBreaker(5, 30, value)),
+    "CircuitBreaker.name": ("name", lambda value: CircuitBreaker(name=value)),
+    "CircuitBreaker.on_change": ("on_change", lambda value: CircuitBreaker(on_change=value)),
+    "CircuitBreaker.record_failure.permit": ("permit", CircuitBreaker().record_failure),
+    "CircuitBreaker.record_ignored.permit": ("permit", CircuitBreaker().record_ignored),
+    "CircuitBreaker.record_success.permit": ("permit", CircuitBreaker().record_success),
+    "CircuitPolicy.failure_threshold": ("failure_threshold", CircuitPolicy),
+    "CircuitPolicy.reset_timeout": ("reset_timeout", lambda value: CircuitPolicy(5, value)),
+    "CircuitPolicy.half_open_max_calls": ("half_open_max_calls", lambda value: CircuitPolicy(5, 30, value)),
+    "CircuitPolicy.probe_timeout": ("probe_timeout", lambda value: CircuitPolicy(probe_timeout=value)),
+    "CircuitPolicy.rate.failure_rate": ("failure_rate", lambda value: CircuitPolicy.rate(value, calls=9)),
+    "CircuitPolicy.rate.calls": ("calls", lambda value: CircuitPolicy.rate(0.5, calls=value)),
+    "CircuitPolicy.rate.seconds": ("seconds", lambda value: CircuitPolicy.rate(0.5, seconds=value)),
+    "CircuitPolicy.rate.minimum_calls": (
+        "minimum_calls",
+        lambda value: CircuitPolicy.rate(0.5, seconds=9, minimum_calls=value),
+    ),
+    "CircuitPolicy.rate.slow_call_duration": ("slow_call_duration", lambda value: slow_calls(slow_call_duration=value)),
+    "CircuitPolicy.rate.slow_call_rate": ("slow_call_rate", lambda value: slow_calls(slow_call_rate=value)),
+    "CircuitPolicy.rate.reset_timeout": ("reset_timeout", lambda value: slow_calls(reset_timeout=value)),
+    "CircuitPolicy.rate.half_open_max_calls": (
+        "half_open_max_calls",
+        lambda value: slow_calls(half_open_max_calls=value),
+    ),
+    "CircuitPolicy.rate.probe_timeout": ("probe_timeout", lambda value: slow_calls(probe_timeout=value)),
     "FromResources.from_resources.resources": ("resources", Deps.from_resources),
     "HealthStatus.level": ("level", HealthStatus),
     "HealthStatus.reason": ("reason", lambda value: HealthStatus("degraded", value)),
@@ -700,7 +767,17 @@ def test_hostile_values(parameter):
 
 
 # What the engine makes: errors (but for those that tasks raise), records, and handles.
-MADE_BY_THE_ENGINE = {"BranchOutcome", "ErrorContext", "Run", "RunContext", "SplitResult", "Seconds"}
+MADE_BY_THE_ENGINE = {
+    "BranchOutcome",
+    "CircuitSnapshot",
+    "CircuitState",
+    "ErrorContext",
+    "Permit",
+    "Run",
+    "RunContext",
+    "Seconds",
+    "SplitResult",
+}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
 
 

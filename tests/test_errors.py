@@ -16,6 +16,7 @@ from cano import (
     AttemptTimeoutError,
     BranchOutcome,
     CanoError,
+    CircuitOpenError,
     ConfigurationError,
     DuplicateResourceError,
     ErrorContext,
@@ -116,6 +117,7 @@ TREE = [
     (NonRetryable, (TaskExecutionError,), "task"),
     (RetryExhaustedError, (CanoError,), "retry"),
     (AttemptTimeoutError, (CanoError, TimeoutError), "timeout"),
+    (CircuitOpenError, (CanoError,), "circuit"),
     (StoreError, (CanoError,), "store"),
     (KeyNotFoundError, (StoreError, KeyError), "store"),
     (StoreTypeError, (StoreError, TypeError), "store"),
@@ -822,6 +824,7 @@ def made(kind, message):
         WorkflowCancelledError: ("enough",),
         RetryExhaustedError: (4,),
         AttemptTimeoutError: (1.5,),
+        CircuitOpenError: ("payments", 12.5),
     }
     return kind(message, *facts.get(kind, ()))
 

@@ -1,9 +1,11 @@
 from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar, final, overload
 
 from typing_extensions import disjoint_base
 
+from ._breaker import CircuitSnapshot, CircuitState
 from ._config import Seconds
 from ._join import JoinConfig
 from ._resources import Resources
@@ -11,10 +13,13 @@ from ._resources import Resources
 __all__ = [
     "BranchOutcome",
     "Bulkhead",
+    "CircuitBreaker",
+    "CircuitPolicy",
     "ErrorContext",
     "Factory",
     "JoinStrategy",
     "MemoryStore",
+    "Permit",
     "Plan",
     "Policy",
     "RetryMode",
@@ -365,6 +370,223 @@ class RunContext:
         The same in every attempt of one visit, and in every run with the same workflow id; another one in each visit, each
         branch, and each run without a workflow id.
         """
+
+@final
+class CircuitPolicy:
+    """When a circuit breaker opens, and how it closes again.
+
+    The constructor is for failures in a row, `rate` for a share of the calls in a window. Equal policies compare equal.
+
+    Args:
+        failure_threshold: How many failures without a success between them open the breaker, 1 to 1,000,000.
+        reset_timeout: Seconds that it stays open before probes are let through, above 0.
+        half_open_max_calls: How many probes may be in flight at once, and how many must succeed to close it, 1 to 10,000.
+        probe_timeout: Seconds that a probe holds its place, above 0; longer than any healthy call. The place of a probe
+            that takes this long is free again, and its outcome counts for nothing.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> CircuitPolicy(3, 10)
+        CircuitPolicy(failure_threshold=3, reset_timeout=10.0, half_open_max_calls=1, probe_timeout=60.0)
+    """
+
+    def __new__(
+        cls,
+        failure_threshold: int = 5,
+        reset_timeout: Seconds = 30.0,
+        half_open_max_calls: int = 1,
+        *,
+        probe_timeout: Seconds = 60.0,
+    ) -> CircuitPolicy: ...
+    @staticmethod
+    def rate(
+        failure_rate: float | None = None,
+        *,
+        calls: int | None = None,
+        seconds: Seconds | None = None,
+        minimum_calls: int | None = None,
+        slow_call_duration: Seconds | None = None,
+        slow_call_rate: float | None = None,
+        reset_timeout: Seconds = 30.0,
+        half_open_max_calls: int = 1,
+        probe_timeout: Seconds = 60.0,
+    ) -> CircuitPolicy:
+        """A policy for the share of failures, of slow calls, or of either.
+
+        After each outcome that counts, the breaker opens if the window holds `minimum_calls` and
+        ``failures / calls >= failure_rate`` or ``slow calls / calls >= slow_call_rate``. A probe that is a slow call opens
+        it again, as one that fails.
+
+        Args:
+            failure_rate: A fraction above 0, at most 1; None does not look at failures.
+            calls: The window is the last so many calls, 1 to 10,000.
+            seconds: The window is the last so many seconds, above 0, to a 16th of them. Give this or `calls`.
+            minimum_calls: How many calls the window must hold before it says anything, 1 to 1,000,000 and at most `calls`;
+                None is 10, or `calls` if that is fewer.
+            slow_call_duration: Seconds from the permit to the outcome from which on a call is slow, however it ends, above
+                0; None does not look at slow calls. Needs `slow_call_rate`.
+            slow_call_rate: A fraction above 0, at most 1.
+            reset_timeout: As in the constructor.
+            half_open_max_calls: As in the constructor.
+            probe_timeout: As in the constructor.
+
+        Raises:
+            ConfigurationError: A value is out of range or of the wrong type, the window is missing or given twice, or
+                there is neither a failure rate nor a slow call rate.
+
+        Example:
+            >>> policy = CircuitPolicy.rate(0.5, calls=100, slow_call_duration=2, slow_call_rate=0.8)
+            >>> policy.minimum_calls, policy.failure_threshold
+            (10, None)
+        """
+
+    @property
+    def failure_threshold(self) -> int | None: ...
+    @property
+    def failure_rate(self) -> float | None: ...
+    @property
+    def calls(self) -> int | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def minimum_calls(self) -> int | None: ...
+    @property
+    def slow_call_duration(self) -> float | None: ...
+    @property
+    def slow_call_rate(self) -> float | None: ...
+    @property
+    def reset_timeout(self) -> float: ...
+    @property
+    def half_open_max_calls(self) -> int: ...
+    @property
+    def probe_timeout(self) -> float: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class Permit:
+    """The right to make one call, from `CircuitBreaker.try_acquire`; to be given back to the same breaker, once.
+
+    A permit that is dropped is given back as ignored. While the breaker is half-open a permit that somebody keeps holds a
+    probe's place until the policy's `probe_timeout`.
+    """
+
+@final
+class CircuitBreaker:
+    """Lets calls through to something that fails, or spares it them.
+
+    Closed, it lets every call through. After `failure_threshold` failures in a row, or what else its policy says, it is
+    open and refuses all of them. `reset_timeout` seconds later the next call that asks makes it half-open: then up to
+    `half_open_max_calls` probes are in flight at once; when so many have succeeded it is closed, when one fails it is open
+    again. No timer runs, and looking at it changes nothing.
+
+    ``async with breaker:`` guards a block: its end is a success, an `Exception` that leaves it a failure; what leaves it
+    that is no `Exception`, such as ``asyncio.CancelledError``, is ignored: it frees the place and counts as neither. Each
+    block has a permit of its own, so that any number may be open at once, in one task or in many.
+
+    An outcome counts only in the period that its permit is of: one of a call from before the breaker opened or closed
+    changes nothing. All methods may be called from any task, loop and thread. The clock is the system's monotonic one; under
+    `cano.testing` it is the virtual one.
+
+    Args:
+        failure_threshold: Failures in a row that open it, 1 to 1,000,000; or a `CircuitPolicy`, which has the next two, too.
+        reset_timeout: Seconds that it stays open, above 0.
+        half_open_max_calls: Probes at once, and successes to close it, 1 to 10,000.
+        name: For errors and logs, a printable text of 1 to 128 bytes; None is no name.
+        on_change: Called with the breaker, the old and the new `CircuitState`, once for each change, in the thread whose
+            call made the change, before that call returns. What it raises goes to ``sys.unraisablehook`` and changes
+            nothing. Changes that threads make at the same time may be told in either order.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> breaker = CircuitBreaker(1, 30, name="payments")
+        >>> breaker.record_failure(breaker.try_acquire())
+        >>> breaker.state
+        <CircuitState.Open: 'open'>
+    """
+
+    @overload
+    def __new__(
+        cls,
+        failure_threshold: int = 5,
+        reset_timeout: Seconds = 30.0,
+        half_open_max_calls: int = 1,
+        *,
+        name: str | None = None,
+        on_change: Callable[[CircuitBreaker, CircuitState, CircuitState], object] | None = None,
+    ) -> CircuitBreaker: ...
+    @overload
+    def __new__(
+        cls,
+        failure_threshold: CircuitPolicy,
+        *,
+        name: str | None = None,
+        on_change: Callable[[CircuitBreaker, CircuitState, CircuitState], object] | None = None,
+    ) -> CircuitBreaker: ...
+    @property
+    def name(self) -> str | None:
+        """The name, or None."""
+
+    @property
+    def policy(self) -> CircuitPolicy:
+        """When it opens, and how it closes again."""
+
+    @property
+    def state(self) -> CircuitState:
+        """The state; an open breaker becomes half-open only when a call asks."""
+
+    def try_acquire(self) -> Permit:
+        """Let a call through, to be followed by one of the ``record_`` methods.
+
+        Raises:
+            CircuitOpenError: The breaker is open, or half-open with all its probes in flight.
+
+        Example:
+            >>> breaker = CircuitBreaker()
+            >>> permit = breaker.try_acquire()
+            >>> breaker.record_success(permit)
+        """
+
+    def record_success(self, permit: Permit) -> None:
+        """Take the permit back: the call succeeded.
+
+        Raises:
+            ConfigurationError: The permit has been used, or is of another breaker.
+        """
+
+    def record_failure(self, permit: Permit) -> None:
+        """Take the permit back: the call failed.
+
+        Raises:
+            ConfigurationError: The permit has been used, or is of another breaker.
+        """
+
+    def record_ignored(self, permit: Permit) -> None:
+        """Take the permit back: the call was given up, which says nothing about what it called.
+
+        Raises:
+            ConfigurationError: The permit has been used, or is of another breaker.
+        """
+
+    def force_open(self) -> None:
+        """Refuse every call until `reset`; calls in flight no longer count."""
+
+    def reset(self) -> None:
+        """Close it, with all counts at zero; calls in flight no longer count."""
+
+    def snapshot(self) -> CircuitSnapshot:
+        """What it looks like now; looking changes nothing."""
+
+    def __aenter__(self) -> Awaitable[None]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Awaitable[None]: ...
 
 @disjoint_base
 class MemoryStore:

@@ -286,6 +286,7 @@ impl Breaker {
     /// Whether the time matters to a call that asks, or to an outcome that is no failure.
     ///
     /// A closed breaker that counts failures in a row does without; it may be given any moment.
+    #[inline]
     pub fn needs_time(&self) -> bool {
         !matches!((&self.phase, self.policy.trip), (Phase::Closed(_), Trip::ConsecutiveFailures { .. }))
     }
@@ -335,6 +336,7 @@ impl Breaker {
     }
 
     /// The transition table: the phase that an event begins, if it does.
+    #[inline]
     fn next(&mut self, event: Event) -> Option<Phase> {
         let policy = &self.policy;
         match (&mut self.phase, event) {

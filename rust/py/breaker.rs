@@ -20,6 +20,7 @@ use pyo3::types::{PyDict, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::breaker::{Admission, Breaker, Change, Outcome, Permit, Snapshot, State};
+use crate::core::time::{Moment, Nanos};
 
 use super::circuit_policy::{Given, PyCircuitPolicy};
 use super::errors::{CircuitOpenError, ConfigurationError, check_text, show};
@@ -34,6 +35,13 @@ impl Gate {
     fn lock(&self) -> MutexGuard<'_, Breaker> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    #[inline]
+    fn record(&self, permit: Permit, outcome: Outcome) -> Option<Change> {
+        let mut breaker = self.lock();
+        let is_timed = outcome == Outcome::Failure || breaker.needs_time();
+        breaker.record(permit, outcome, if is_timed { now() } else { Moment::default() })
+    }
 }
 
 /// A permit that knows its breaker; dropped, it is given back as ignored.
@@ -45,7 +53,7 @@ pub(super) struct Grant {
 impl Drop for Grant {
     fn drop(&mut self) {
         if let Some(permit) = self.permit.take() {
-            self.gate.lock().record(permit, Outcome::Ignored, now()); // never a change of state
+            self.gate.record(permit, Outcome::Ignored); // never a change of state
         }
     }
 }
@@ -63,9 +71,11 @@ pub(super) struct PyBreaker {
 
 impl PyBreaker {
     /// Lets a call through, or refuses it with `CircuitOpenError`.
+    #[inline]
     pub(super) fn admit(slf: &Bound<'_, Self>) -> PyResult<Grant> {
-        let (this, now) = (slf.get(), now());
+        let this = slf.get();
         let mut breaker = this.gate.lock();
+        let now = if breaker.needs_time() { now() } else { Moment::default() };
         match breaker.acquire(now) {
             Admission::Admitted { permit, change } => {
                 drop(breaker);
@@ -82,9 +92,10 @@ impl PyBreaker {
     }
 
     /// Takes back what `admit` of the same breaker has granted.
+    #[inline]
     pub(super) fn settle(slf: &Bound<'_, Self>, mut grant: Grant, outcome: Outcome) {
         if let Some(permit) = grant.permit.take() {
-            let change = slf.get().gate.lock().record(permit, outcome, now());
+            let change = grant.gate.record(permit, outcome);
             Self::announce(slf, change);
         }
     }
@@ -96,7 +107,7 @@ impl PyBreaker {
     }
 
     fn refusal(&self, snapshot: &Snapshot) -> PyErr {
-        let retry_after = snapshot.retry_after.map(|wait| wait.as_seconds());
+        let retry_after = snapshot.retry_after.map(Nanos::as_seconds);
         CircuitOpenError::new_err((
             format!("circuit breaker{}", self.describe(snapshot)),
             self.name.clone(),
@@ -107,7 +118,7 @@ impl PyBreaker {
     /// " payments is open; ..."
     fn describe(&self, snapshot: &Snapshot) -> String {
         let name = self.name.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
-        let how = match (snapshot.state, snapshot.retry_after.map(|wait| wait.as_seconds())) {
+        let how = match (snapshot.state, snapshot.retry_after.map(Nanos::as_seconds)) {
             (State::Closed, _) => "closed".to_owned(),
             (State::Open, _) if snapshot.is_forced => "forced open; only reset() closes it".to_owned(),
             (State::Open, Some(wait)) => format!("open; it lets a call through again in {wait:.3} s"),
@@ -120,11 +131,14 @@ impl PyBreaker {
         format!("{name} is {how}")
     }
 
+    #[inline]
     fn announce(slf: &Bound<'_, Self>, change: Option<Change>) {
-        let (Some(Change { from, to }), Some(on_change)) = (change, &slf.get().on_change) else {
-            return;
-        };
-        let on_change = on_change.bind(slf.py());
+        if let (Some(change), Some(on_change)) = (change, &slf.get().on_change) {
+            Self::tell(slf, change, on_change.bind(slf.py()));
+        }
+    }
+
+    fn tell(slf: &Bound<'_, Self>, Change { from, to }: Change, on_change: &Bound<'_, PyAny>) {
         let (from, to) = (circuit_state(slf.py(), from), circuit_state(slf.py(), to));
         let told = from.and_then(|from| on_change.call1((slf, from, to?)));
         if let Err(error) = told {
@@ -132,6 +146,7 @@ impl PyBreaker {
         }
     }
 
+    #[inline]
     fn record(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>, outcome: Outcome) -> PyResult<()> {
         let Ok(permit) = permit.cast::<PyPermit>() else {
             let wanted = "permit must be a Permit that try_acquire() has returned";
@@ -375,7 +390,7 @@ impl Done {
         slf
     }
 
-    fn __next__(&self) -> Option<()> {
+    fn __next__(_slf: &Bound<'_, Self>) -> Option<()> {
         None
     }
 }
