@@ -12,13 +12,11 @@ use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::retry::RetryVerdict;
-use crate::core::time::Nanos;
 
 use super::asyncio::Asyncio;
-use super::convert::duration;
-use super::definition::{Source, TaskSpec};
+use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{RunContext, arguments};
-use super::errors::{AttemptTimeoutError, RetryAfter, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{AttemptTimeoutError, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
 use super::result::SplitResult;
 use super::route::tasks;
@@ -28,7 +26,7 @@ use super::table::Kind;
 use super::timer::{Armed, Limit, Timer};
 
 /// Transitions without a suspension after which the loop gets a turn.
-const TURN: u32 = 1024;
+pub(super) const TURN: u32 = 1024;
 
 /// How far the run came.
 pub(super) enum Advance<'py> {
@@ -40,6 +38,8 @@ pub(super) enum Advance<'py> {
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Work {
     Attempt,
+    /// An attempt at one step of a stepped task.
+    Step,
     Backoff,
     Factory,
 }
@@ -77,12 +77,24 @@ pub(super) struct Drive {
     pub(super) unsuspended: u32,
     /// The result of the split that led into the present state.
     pub(super) joined: Option<Py<SplitResult>>,
+    /// What the last step left for the next one.
+    pub(super) cursor: Option<Py<PyAny>>,
     pub(super) timer: Timer,
 }
 
 impl Drive {
     fn new(state: usize, phase: Phase, program: Program) -> Self {
-        Self { phase, program, state, attempt: 0, fresh: true, unsuspended: 0, joined: None, timer: Timer::default() }
+        Self {
+            phase,
+            program,
+            state,
+            attempt: 0,
+            fresh: true,
+            unsuspended: 0,
+            joined: None,
+            cursor: None,
+            timer: Timer::default(),
+        }
     }
 
     /// Runs states from `state` on.
@@ -183,7 +195,10 @@ impl Drive {
         }
         let table = run.get().env.get().table.get();
         match &table.states[self.state].kind {
-            Kind::Task { task, .. } => self.begin(run, Work::Attempt, task.get()),
+            Kind::Task { task, .. } => {
+                let work = if task.get().has_steps { Work::Step } else { Work::Attempt };
+                self.begin(run, work, task.get())
+            }
             Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
             Kind::Split { branches, join } => self.open(run, tasks(branches.bind(py))?, join),
             Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
@@ -239,6 +254,7 @@ impl Drive {
                         this.env.get(),
                         context,
                         self.joined.as_ref().map(|joined| joined.bind(py).as_any()),
+                        self.cursor.as_ref().map(|cursor| cursor.bind(py)),
                     )?,
                 )
             }
@@ -306,6 +322,7 @@ impl Drive {
             Work::Factory => self.made_branches(run, &value),
             Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
             Work::Attempt => self.route(run, &value),
+            Work::Step => self.stepped(run, &value),
         }
     }
 
@@ -336,7 +353,7 @@ impl Drive {
                 Err(passes) => passes,
             });
         }
-        let Some(task) = self.task(run).filter(|_| work == Work::Attempt) else {
+        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step)) else {
             return Err(self.failed(run, self.task(run), error));
         };
         self.retry(run, task, error)
@@ -368,17 +385,12 @@ impl Drive {
                 return Err(self.failed(run, Some(task), broken));
             }
         }
-        let asked: Option<Nanos> = if error.is_instance_of::<RetryAfter>(py) {
-            let delay = error.value(py).getattr(intern!(py, "delay"));
-            match delay.and_then(|delay| duration("delay", &delay)) {
-                Ok(delay) => Some(delay),
-                Err(problem) => {
-                    problem.set_cause(py, Some(error));
-                    return Err(self.failed(run, Some(task), problem));
-                }
+        let asked = match asked_delay(error.value(py)) {
+            Ok(asked) => asked,
+            Err(problem) => {
+                problem.set_cause(py, Some(error));
+                return Err(self.failed(run, Some(task), problem));
             }
-        } else {
-            None
         };
         let names = Asyncio::of(py)?;
         match policy.retry.after_failure(self.attempt, asked, names.dice(py)?) {
@@ -513,6 +525,7 @@ impl Drive {
             visit.call(task)?;
         }
         visit.call(&self.joined)?;
+        visit.call(&self.cursor)?;
         self.timer.traverse(visit)
     }
 }

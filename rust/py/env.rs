@@ -275,6 +275,7 @@ pub(super) fn arguments<'py>(
     env: &Env,
     context: impl Fn() -> RunContext,
     joined: Option<&Bound<'py, PyAny>>,
+    cursor: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = plan.py();
     plan.get()
@@ -282,6 +283,7 @@ pub(super) fn arguments<'py>(
         .iter()
         .enumerate()
         .map(|(at, source)| match source {
+            Source::Cursor => Ok(cursor.map_or_else(|| py.None().into_bound(py), Clone::clone)),
             Source::Resources => Ok(env.resources.bind(py).clone()),
             Source::Resource { key, class } => env.resource(plan, at, key, class),
             Source::Context => Ok(Bound::new(py, context())?.into_any()),

@@ -16,6 +16,8 @@ mod current;
 
 mod definition;
 
+mod window;
+
 mod memory;
 
 mod table;
@@ -64,6 +66,8 @@ mod _core {
     use super::run::Run;
     #[pymodule_export]
     use super::table::{Factory, Table};
+    #[pymodule_export]
+    use super::window::{PyFilling, PyStreamWindow};
 
     #[pymodule_init]
     #[allow(clippy::unnecessary_wraps, reason = "the form that pyo3 calls")]

@@ -247,7 +247,7 @@ impl Split {
                 if plan.get().sources.is_empty() {
                     task.get().call_bare(py)?
                 } else {
-                    task.get().call(py, arguments(plan, env, context, None)?)?
+                    task.get().call(py, arguments(plan, env, context, None, None)?)?
                 }
             }
             Start::Task(task) => {

@@ -117,8 +117,12 @@ pub(super) struct Table {
     pub(super) prepare: Py<PyAny>,
     /// `async def drive(run): return await run`, so that a task always runs a real coroutine.
     pub(super) drive: Py<PyAny>,
+    /// What a task returns instead of a bare state.
     pub(super) single: Py<PyType>,
     pub(super) split: Py<PyType>,
+    /// What a step returns.
+    pub(super) more: Py<PyType>,
+    pub(super) done: Py<PyType>,
 }
 
 /// A state as the Python face hands it over.
@@ -129,6 +133,9 @@ struct Entry<'py>(
     Bound<'py, PyAny>,         // TaskSpec, tuple of TaskSpec, or None for an exit
     Option<Bound<'py, PyAny>>, // JoinConfig
 );
+
+/// prepare, drive, and the classes of results: `Table` tells what each is for.
+type Shims = (Py<PyAny>, Py<PyAny>, Py<PyType>, Py<PyType>, Py<PyType>, Py<PyType>);
 
 /// What an annotation lists: the indices of the states, and the targets for the graph.
 type Declared = (Box<[usize]>, Vec<Target>);
@@ -248,12 +255,7 @@ impl Factory {
 impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None), registered states first.
     #[new]
-    fn new(
-        py: Python<'_>,
-        subject: &str,
-        entries: Vec<Entry<'_>>,
-        shims: (Py<PyAny>, Py<PyAny>, Py<PyType>, Py<PyType>),
-    ) -> PyResult<Self> {
+    fn new(py: Python<'_>, subject: &str, entries: Vec<Entry<'_>>, shims: Shims) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
         let mut checked = Checked { index: &index, problems: Vec::new() };
@@ -272,8 +274,8 @@ impl Table {
             return Err(configuration(py, subject, problems));
         }
         let counts_visits = states.iter().any(|state| state.wants_context(py));
-        let (prepare, drive, single, split) = shims;
-        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split })
+        let (prepare, drive, single, split, more, done) = shims;
+        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split, more, done })
     }
 
     /// Refuses a state in which no run can start.
@@ -326,11 +328,13 @@ fn joined_nowhere(py: Python<'_>, states: &[State]) -> Vec<String> {
 }
 
 impl State {
-    /// The task, where no attempt timeout has to be looked after.
+    /// The task, where no attempt timeout and no cursor has to be looked after.
     #[inline]
     pub(super) fn untimed_task(&self) -> Option<&TaskSpec> {
         match &self.kind {
-            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() => Some(task.get()),
+            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() && !task.get().has_steps => {
+                Some(task.get())
+            }
             _ => None,
         }
     }

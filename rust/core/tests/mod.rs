@@ -6,3 +6,4 @@ mod join;
 mod limiter;
 mod retry;
 mod time;
+mod window;
