@@ -8,7 +8,7 @@ that runs beside the items.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Hashable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,9 +16,14 @@ from . import _core
 from ._config import Seconds, TaskConfig
 from ._core import RetryMode
 from ._errors import ConfigurationError, show
-from ._tasks import Task, name_of, read_signature
+from ._methods import Method, outcome, plan_of
+from ._tasks import Form, Task
 
 S = TypeVar("S", bound=Hashable)
+
+_LOAD = Form(yields=True, iterates=True)
+_PROCESS = Form(("item",))
+_FINISH = Form(("outcomes",))
 
 
 class BatchTask(Task[S]):
@@ -72,61 +77,52 @@ class BatchTask(Task[S]):
     item_retry: RetryMode = RetryMode.none()
     item_timeout: Seconds | None = None
 
-    def _shim(self) -> tuple[Callable[..., Any], _core.Plan]:
-        name = name_of(self)
-        concurrency = self.concurrency
-        if type(concurrency) is not int or concurrency < 1:
-            raise ConfigurationError(f"concurrency of {name} must be an int of at least 1, got {show(concurrency)}")
-        load, finish = self._method("load", ""), self._method("finish", "outcomes")
-        process = self._method("process_item", "item")
-        reading, finishing = read_signature(load, f"{name}.load"), read_signature(finish, f"{name}.finish", given=1)
-        item = _core.TaskSpec(process, f"{name}.process_item", self._item_plan(process, name), self._item_policy())
-        split_at = len(reading.sources)
 
-        async def run_batch(run: _core.Run, *arguments: Any) -> Any:
-            items = await _value(_call(load, arguments[:split_at], reading.keywords))
-            if isinstance(items, AsyncIterable):
-                result = await run.each(None, partial(_feed, aiter(items), item.of), concurrency)
-            elif isinstance(items, Iterable) and not isinstance(items, (str, bytes)):
-                result = await run.each(map(item.of, items), None, concurrency)
-            else:
-                raise TypeError(f"{name}.load must return an iterable of items, got {show(items)}")
-            del items
-            return await _value(_call(finish, (result._outcomes(), *arguments[split_at:]), finishing.keywords))
+class Batch:
+    """The loop of one batch task."""
 
-        sources = [("run", None, None), *reading.sources, *finishing.sources]
-        return run_batch, _core.Plan(sources, None, finishing.declared, is_coroutine_function=True)
-
-    def _method(self, name: str, takes: str) -> Callable[..., Any]:
-        found = getattr(self, name, None)
-        if not callable(found):
+    def __init__(self, task: Any, name: str, config: TaskConfig) -> None:
+        self.name = name
+        self.concurrency = getattr(task, "concurrency", 1)
+        if type(self.concurrency) is not int or self.concurrency < 1:
             raise ConfigurationError(
-                f"{type(self).__qualname__} has no method {name}({takes}), which a BatchTask needs"
+                f"concurrency of task {name} must be an int of at least 1, got {show(self.concurrency)}"
             )
-        return found  # type: ignore[no-any-return]
+        self.load, self.finish = Method.of(task, name, "load", _LOAD), Method.of(task, name, "finish", _FINISH)
+        self.item = self._item(task, config)
 
-    def _item_plan(self, process: Callable[..., Any], name: str) -> _core.Plan:
-        signature = read_signature(process, f"{name}.process_item", given=1)
-        if any(kind.startswith("joined") for kind, _, _ in signature.sources):
-            raise ConfigurationError(f"{name}.process_item takes a SplitResult, which only load and finish can get")
-        return _core.Plan(signature.sources, signature.keywords, None, signature.is_coroutine_function)
+    def _item(self, task: Any, config: TaskConfig) -> _core.TaskSpec:
+        """What is done on each item: a task of its own."""
+        name = f"{self.name}.process_item"
+        process = Method.of(task, self.name, "process_item", _PROCESS)
+        sources, keywords, _ = process.reading
+        if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
+            raise ConfigurationError(f"task {name} takes what led into the state, which only load and finish can get")
+        retry = getattr(task, "item_retry", RetryMode.none())
+        if not isinstance(retry, RetryMode):
+            raise ConfigurationError(f"item_retry of task {self.name} must be a RetryMode, got {show(retry)}")
+        limit = _core.seconds(f"item_timeout of task {self.name}", getattr(task, "item_timeout", None))
+        policy = TaskConfig(retry=retry, retry_on=config.retry_on, attempt_timeout=limit)._policy
+        plan = _core.Plan(sources, keywords, None, inspect.iscoroutinefunction(process.call))
+        return _core.TaskSpec(process.call, name, plan, policy)
 
-    def _item_policy(self) -> _core.Policy | None:
-        config = self.config or TaskConfig()
-        item = TaskConfig(retry=self.item_retry, retry_on=config.retry_on, attempt_timeout=self.item_timeout)
-        return item._policy
+    def spec(self, config: TaskConfig) -> _core.TaskSpec:
+        """The one task that the batch becomes."""
+        plan = plan_of((self.load, self.finish), (self.finish,), leads_with=("run",))
+        return _core.TaskSpec(self.run, self.name, plan, config._policy, "batch task")
 
-
-def _call(method: Callable[..., Any], arguments: tuple[Any, ...], keywords: tuple[str, ...] | None) -> Any:
-    """Call with arguments of which the last ones are passed by keyword."""
-    if keywords is None:
-        return method(*arguments)
-    first = len(arguments) - len(keywords)
-    return method(*arguments[:first], **dict(zip(keywords, arguments[first:], strict=True)))
-
-
-async def _value(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
+    async def run(self, run: _core.Run, *filled: Any) -> Any:
+        arguments = iter(filled)
+        load, finish = self.load.bind(arguments), self.finish.bind(arguments)
+        items = await outcome(load())
+        if isinstance(items, AsyncIterable):
+            result = await run.each(None, partial(_feed, aiter(items), self.item.of), self.concurrency)
+        elif isinstance(items, Iterable) and not isinstance(items, (str, bytes)):
+            result = await run.each(map(self.item.of, items), None, self.concurrency)
+        else:
+            raise TypeError(f"load of task {self.name} must return an iterable of items, got {show(items)}")
+        del items
+        return await outcome(finish(result._outcomes()))
 
 
 async def _feed(items: AsyncIterator[Any], of: Callable[[Any], _core.TaskSpec], split: _core.Split) -> None:
@@ -136,6 +132,6 @@ async def _feed(items: AsyncIterator[Any], of: Callable[[Any], _core.TaskSpec], 
             if not split.push(of(item)):
                 await split.room()
     finally:
-        aclose: Callable[[], Coroutine[Any, Any, None]] | None = getattr(items, "aclose", None)
+        aclose: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
         if aclose is not None:
             await aclose()

@@ -20,17 +20,20 @@ from ._errors import (
 Seconds: TypeAlias = float | int | timedelta
 """A duration: seconds as a number, or a timedelta; 0 to ten years."""
 
+DEFINITION_ERRORS: tuple[type[Exception], ...] = (
+    NonRetryable,
+    ConfigurationError,
+    InvalidTransitionError,
+    UnknownStateError,
+    ResourceError,
+)
 _NEVER_RETRIED: tuple[type[Exception], ...] = (
     TypeError,
     AttributeError,
     NameError,
     AssertionError,
     NotImplementedError,
-    NonRetryable,
-    ConfigurationError,
-    InvalidTransitionError,
-    UnknownStateError,
-    ResourceError,
+    *DEFINITION_ERRORS,
 )
 
 

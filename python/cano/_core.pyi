@@ -17,6 +17,7 @@ __all__ = [
     "CircuitPolicy",
     "ErrorContext",
     "Factory",
+    "Filling",
     "JoinStrategy",
     "MemoryStore",
     "Permit",
@@ -27,6 +28,7 @@ __all__ = [
     "RunContext",
     "Split",
     "SplitResult",
+    "StreamWindow",
     "Table",
     "TaskSpec",
     "__version__",
@@ -208,6 +210,55 @@ class Bulkhead:
 
     def __aenter__(self) -> Awaitable[None]: ...
     def __aexit__(self, *_error: object) -> Awaitable[None]: ...
+
+@final
+class StreamWindow:
+    """When the outputs of a stream are flushed.
+
+    - ``Count(n)``: n at a time.
+    - ``Duration(seconds)``: those of each stretch of time.
+
+    What is left when the source ends is flushed as well; a window without outputs is not.
+    """
+
+    @staticmethod
+    def Count(n: int) -> StreamWindow:
+        """Flush `n` outputs at a time, 1 to 1,000,000,000.
+
+        Raises:
+            ConfigurationError: `n` is out of range or no int.
+        """
+
+    @staticmethod
+    def Duration(seconds: Seconds) -> StreamWindow:
+        """Flush what came together at ``start + k * seconds``, k = 1, 2, 3...
+
+        The start is when the source was opened, on the event loop's clock; the ends do not drift, whatever items and flushes
+        cost. An item that is being processed at an end belongs to that window, which is flushed as soon as it is done. The
+        source is read in a task of its own, with a copy of the context variables.
+
+        Args:
+            seconds: Above 0, at most ten years.
+
+        Raises:
+            ConfigurationError: `seconds` is out of range or no duration.
+        """
+
+    def _open(self, now: float) -> Filling: ...
+    @property
+    def _is_timed(self) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __reduce__(self) -> tuple[object, ...]: ...
+
+@final
+class Filling:
+    def add(self, now: float) -> None: ...
+    def is_due(self, now: float) -> bool: ...
+    @property
+    def end(self) -> float | None: ...
+    def hand_over(self) -> None: ...
 
 @final
 class BranchOutcome:
@@ -656,7 +707,9 @@ class Policy:
         explicit: tuple[type[Exception], ...] | None,
         never: tuple[type[Exception], ...],
         attempt_timeout: float | None,
+        breaker: CircuitBreaker | None,
     ) -> Policy: ...
+    def pause(self, error: BaseException, failures: int) -> float | None: ...
 
 @final
 class Plan:
@@ -672,12 +725,16 @@ class Plan:
 
 @final
 class TaskSpec:
-    def __new__(cls, call: Callable[..., Any], name: str, plan: Plan, policy: Policy | None) -> TaskSpec: ...
+    def __new__(
+        cls, call: Callable[..., Any], name: str, plan: Plan, policy: Policy | None, model: str | None = None
+    ) -> TaskSpec: ...
     @property
     def name(self) -> str: ...
     @property
     def plan(self) -> Plan: ...
     def of(self, first: Any) -> TaskSpec: ...
+    @property
+    def model(self) -> str | None: ...
 
 @final
 class Factory:
@@ -700,6 +757,8 @@ class Table:
         shims: tuple[
             Callable[[Any], tuple[TaskSpec, ...]],
             Callable[[Run], Coroutine[Any, Any, Any]],
+            type[Any],
+            type[Any],
             type[Any],
             type[Any],
         ],

@@ -17,19 +17,8 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import (
-    Annotated,
-    Any,
-    Generic,
-    Literal,
-    NamedTuple,
-    ParamSpec,
-    Self,
-    TypeAlias,
-    TypeVar,
-    get_args,
-    get_origin,
-)
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_origin
 from weakref import WeakKeyDictionary
 
 from . import _core
@@ -60,10 +49,6 @@ class Task(Generic[S]):
 
     name: str
     config: TaskConfig | None = None
-
-    def _shim(self) -> tuple[Callable[..., Any], _core.Plan] | None:
-        """What the driver runs around the methods of a processing model; None where it runs the task itself."""
-        return None
 
 
 def states_of(given: Iterable[S]) -> Iterable[S]:
@@ -124,7 +109,41 @@ class SplitRequest(TaskResult[S]):
 
 # --- reading a signature ---------------------------------------------------------------------------------------------
 
-_Source: TypeAlias = tuple[str, Any, Any]
+_Source = tuple[str, Any, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """What is particular to a method of a processing model; without anything it is a task's function.
+
+    Attributes:
+        given: What it is called with, before what it asks for.
+        leads: What it may wrap the next state in.
+        stays: What it returns where there is no next state yet.
+        own: What it may ask for besides: annotations, and the kinds of source they stand for.
+        yields: Whether it may be an async generator function.
+        iterates: Whether it may be a generator function.
+    """
+
+    given: tuple[str, ...] = ()
+    leads: type[Any] = TaskResult
+    stays: tuple[type[Any], ...] = ()
+    own: tuple[tuple[Any, str], ...] = ()
+    yields: bool = False
+    iterates: bool = False
+
+
+_FUNCTION = Form()
+
+
+class Reading(NamedTuple):
+    """What a signature says: where the arguments come from, the names of the last ones where they go by name, the states."""
+
+    sources: list[_Source]
+    keywords: tuple[str, ...] | None
+    declared: tuple[Any, ...] | None
+
+
 _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
 # Remembered per function, without keeping it alive; bound to an object it has a parameter less.
 _function_plans: _Plans = WeakKeyDictionary()
@@ -143,47 +162,36 @@ def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core
         known = None
         plans = {}
     if known is None:
-        _refuse_generator(call, name)
+        refuse_generator(call, name)
         known = plans[function] = _read(call, name)
     return known
 
 
-def _refuse_generator(call: Callable[..., Any], name: str) -> None:
-    inner = _innermost(call)
+def refuse_generator(call: Callable[..., Any], name: str) -> None:
+    inner = innermost(call)
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         raise ConfigurationError(f"task {name} is a generator function; a task returns its next state once")
 
 
-class Signature(NamedTuple):
-    """How a function of the user's wants to be called, and the states that its annotation lists."""
-
-    sources: list[_Source]
-    keywords: tuple[str, ...] | None
-    declared: tuple[Any, ...] | None
-    is_coroutine_function: bool
-
-
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:
-    return _core.Plan(*read_signature(call, name))
+    return _core.Plan(*read(call, name), inspect.iscoroutinefunction(call))
 
 
-def read_signature(call: Callable[..., Any], name: str, *, given: int = 0) -> Signature:
-    """Read the parameters of `call` after the first `given` ones, which it is called with anyway."""
-    inner = _innermost(call)
+def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading:
+    """What the signature of `call` says."""
+    inner = innermost(call)
     try:
         signature = inspect.signature(call)
     except (TypeError, ValueError):
         raise ConfigurationError(f"the signature of task {name} cannot be read; wrap it in a function") from None
-    parameters = list(signature.parameters.values())
-    positional = [p for p in parameters[:given] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < given:
-        raise ConfigurationError(f"{name} must take at least {given} positional parameter{'s' if given > 1 else ''}")
-    own = parameters[given:]
     sources: list[_Source] = []
     keywords: list[str] = []
     by_keyword = False
-    for parameter in own:
-        source = _source(parameter, inner, name, alone=_takes_one(own))
+    given, asked = _parted(signature, form)
+    if len(given) < len(form.given) or any(_known(_resolve(p.annotation, inner, missing=None), form) for p in given):
+        raise ConfigurationError(f"task {name} must take {', '.join(form.given)} first, got {show(str(signature))}")
+    for parameter in asked:
+        source = _source(parameter, inner, name, form, alone=_takes_one(asked))
         if source is None:  # it has a default and asks for nothing of ours
             by_keyword = True
             continue
@@ -194,11 +202,11 @@ def read_signature(call: Callable[..., Any], name: str, *, given: int = 0) -> Si
                     f"parameter {parameter.name} of task {name} must not follow one with a default"
                 )
             keywords.append(parameter.name)
-    declared = _declared(_resolve(signature.return_annotation, inner, missing=None))
-    return Signature(sources, tuple(keywords) or None, declared, inspect.iscoroutinefunction(call))
+    declared = _declared(_resolve(signature.return_annotation, inner, missing=None), form)
+    return Reading(sources, tuple(keywords) or None, declared)
 
 
-def _innermost(call: Callable[..., Any]) -> Any:
+def innermost(call: Callable[..., Any]) -> Any:
     """The function whose annotations count: behind partials, wrappers and ``__call__``."""
     inner: Any = call
     while True:
@@ -217,11 +225,18 @@ def _innermost(call: Callable[..., Any]) -> Any:
             inner = method
 
 
+def _parted(signature: inspect.Signature, form: Form) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """The parameters that are given, and those that ask."""
+    parameters, count = list(signature.parameters.values()), len(form.given)
+    positional = [p for p in parameters[:count] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return positional, parameters[count:]
+
+
 def _takes_one(parameters: list[inspect.Parameter]) -> bool:
     return sum(1 for p in parameters if p.default is p.empty) == 1
 
 
-def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool) -> _Source | None:
+def _source(parameter: inspect.Parameter, inner: Any, name: str, form: Form, *, alone: bool) -> _Source | None:
     """Where the argument for this parameter comes from; None if its default is to be used."""
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise ConfigurationError(
@@ -238,7 +253,7 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool)
             f"parameter {parameter.name} of task {name} has no annotation; only a task's single parameter may go without"
         )
     resolved = _resolve(annotation, inner, missing=_UNRESOLVED)
-    source = _known(resolved)
+    source = _known(resolved, form)
     if source is not None or has_default:
         return source
     if resolved is _UNRESOLVED:
@@ -256,20 +271,21 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, *, alone: bool)
 _UNRESOLVED: Any = object()
 
 
-def _known(annotation: Any) -> _Source | None:
+def _known(annotation: Any, form: Form) -> _Source | None:
     """The source that an annotation stands for."""
     if (source := caught_by(annotation)) is not None:
         return source
     if get_origin(annotation) is Annotated:
         marked = resource_of(annotation)
         if marked is None:
-            return _known(get_args(annotation)[0])
+            return _known(get_args(annotation)[0], form)
         type_, key = marked
         is_a(None, type_)  # refuses now what cannot be checked at run time
         return ("resource", key, type_)
     if isinstance(annotation, type) and issubclass(annotation, Resources):
         return ("resources", None, None)
-    for wanted, kind in ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none")):
+    asked = ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none"))
+    for wanted, kind in (*asked, *form.own):
         if annotation == wanted:
             return (kind, None, None)
     return None
@@ -291,17 +307,19 @@ def _resolve(annotation: Any, inner: Any, *, missing: Any) -> Any:
         return missing
 
 
-def _declared(annotation: Any) -> tuple[Any, ...] | None:
+def _declared(annotation: Any, form: Form) -> tuple[Any, ...] | None:
     """The states that a return annotation lists; None if it does not list any (then every state is allowed)."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if any(stay in (annotation, origin) or annotation == type[stay] for stay in form.stays):
+        return ()
     if origin is Literal:
         return arguments
-    if origin is Annotated or (isinstance(origin, type) and issubclass(origin, TaskResult)):
-        return _declared(arguments[0])
+    if origin is Annotated or (isinstance(origin, type) and issubclass(origin, form.leads)):
+        return _declared(arguments[0], form)
     if isinstance(origin, type) and issubclass(origin, (Awaitable, Coroutine)):
-        return _declared(arguments[-1])
+        return _declared(arguments[-1], form)
     if origin in (typing.Union, types.UnionType):
-        parts = [_declared(part) for part in arguments]
+        parts = [_declared(part, form) for part in arguments]
         return None if None in parts else tuple(state for part in parts for state in part or ())
     return None
 
@@ -309,41 +327,44 @@ def _declared(annotation: Any) -> tuple[Any, ...] | None:
 # --- preparing a task ------------------------------------------------------------------------------------------------
 
 
-def prepare(task: Any, config: TaskConfig | None = None) -> _core.TaskSpec:
-    """Turn what the user registers into what the driver runs.
+def prepare_task(task: Any, config: TaskConfig | None = None) -> _core.TaskSpec:
+    """Turn a function, a callable or an object with `run` into what the driver runs.
 
     Raises:
         ConfigurationError: It is no task, or its signature asks for something that cannot be filled in.
     """
-    shim = task._shim() if isinstance(task, Task) else None
-    call = _callable(task) if shim is None else shim[0]
+    return spec_of(callable_of(task), task, config, None)
+
+
+def spec_of(call: Callable[..., Any], task: Any, config: TaskConfig | None, model: str | None) -> _core.TaskSpec:
+    """What the driver runs where `call` is the whole task."""
+    name = name_of(task)
+    policy = config_of(task, name, config)._policy
+    return _core.TaskSpec(call, name, _plan(call, name, makes_branches=False), policy, model)
+
+
+def config_of(task: Any, name: str, config: TaskConfig | None) -> TaskConfig:
+    """The configuration given where the task is registered, else the task's own."""
     if config is None:
         config = getattr(task, "config", None)
     if config is not None and not isinstance(config, TaskConfig):
-        raise ConfigurationError(f"config of task {name_of(task)} must be a TaskConfig, got {show(config)}")
-    name = name_of(task)
-    policy = None if config is None else config._policy
-    plan = _plan(call, name, makes_branches=False) if shim is None else shim[1]
-    return _core.TaskSpec(call, name, plan, policy)
+        raise ConfigurationError(f"config of task {name} must be a TaskConfig, got {show(config)}")
+    return config or _MINIMAL
+
+
+_MINIMAL = TaskConfig()
 
 
 def prepare_factory(tasks: Callable[..., object]) -> _core.Factory:
     """A function that makes the branches of a split; a generator function does."""
-    call = _callable(tasks)
+    call = callable_of(tasks)
     name = name_of(tasks)
-    if inspect.isasyncgenfunction(_innermost(call)):
+    if inspect.isasyncgenfunction(innermost(call)):
         raise ConfigurationError(f"{name} is an async generator function; the branches of a split are made all at once")
     return _core.Factory(_core.TaskSpec(call, name, _plan(call, name, makes_branches=True), None))
 
 
-def prepare_branches(tasks: Any) -> tuple[_core.TaskSpec, ...]:
-    """The branches of a split, in order."""
-    if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Iterable):
-        raise ConfigurationError(f"the branches of a split must be an iterable of tasks, got {show(tasks)}")
-    return tuple(prepare(task) for task in tasks)
-
-
-def _callable(task: Any) -> Callable[..., Any]:
+def callable_of(task: Any) -> Callable[..., Any]:
     if isinstance(task, types.FunctionType):
         return task
     if isinstance(task, type):
@@ -426,7 +447,7 @@ def in_thread(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
         45
     """
     given: Any = function
-    if not callable(given) or isinstance(given, type) or inspect.iscoroutinefunction(_innermost(given)):
+    if not callable(given) or isinstance(given, type) or inspect.iscoroutinefunction(innermost(given)):
         raise ConfigurationError(f"in_thread() takes a plain function, got {show(given)}")
 
     @functools.wraps(function)

@@ -20,9 +20,11 @@ from ._errors import (
     show,
 )
 from ._join import JoinConfig
+from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
-from ._tasks import SingleResult, SplitRequest, prepare, prepare_branches, prepare_factory, states_of
+from ._shims import prepare, prepare_branches, prepare_router, prepare_stepped, prepare_stream
+from ._tasks import SingleResult, SplitRequest, prepare_factory, states_of
 
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,7 +39,7 @@ async def _drive(run: _core.Run) -> Any:
     return await run
 
 
-_SHIMS = (prepare_branches, _drive, SingleResult, SplitRequest)
+_SHIMS = (prepare_branches, _drive, SingleResult, SplitRequest, More, Done)
 
 
 class Workflow(Generic[S]):
@@ -93,9 +95,9 @@ class Workflow(Generic[S]):
 
         Args:
             state: Any hashable value, usually an Enum member.
-            task: A function, async or plain, a callable, or an object with a method ``run`` or ``run_bare``. Its parameters
-                are filled in by annotation: Resources, Annotated[T, Res(key)], RunContext, SplitResult, Caught[E]; a single
-                parameter without annotation gets the resources.
+            task: A function, async or plain, a callable, an object with a method ``run`` or ``run_bare``, a `PollTask` or a
+                `TimerTask`. Its parameters are filled in by annotation: Resources, Annotated[T, Res(key)], RunContext,
+                SplitResult, Caught[E]; a single parameter without annotation gets the resources.
             config: How the task is run; None takes the task's own attribute ``config``, or else ``TaskConfig()``.
             join: Lets the task return ``TaskResult.Split([s1, s2])``: each listed state starts a branch that runs through
                 registered states until it reaches an exit state or ``join.next_state``. None refuses such a result.
@@ -112,8 +114,8 @@ class Workflow(Generic[S]):
             The workflow itself, so that calls chain.
 
         Raises:
-            ConfigurationError: The state already has a task, the task cannot be called, a key of `on_error` is no class of
-                errors, or the workflow is frozen.
+            ConfigurationError: The state already has a task, the task cannot be called or belongs to another registration, a
+                key of `on_error` is no class of errors, or the workflow is frozen.
 
         Example:
             >>> workflow = Workflow[str]().register("charge", lambda: 1 / 0, on_error={ArithmeticError: "failed"})
@@ -122,7 +124,71 @@ class Workflow(Generic[S]):
         """
         if join is not None and not isinstance(join, JoinConfig):
             raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
-        return self._add(state, prepare(task, config), join, on_error)
+        work = prepare(task, config)
+        if join is not None and work.model is not None:
+            raise ConfigurationError(f"task {work.name} is a {work.model}, which cannot split: it takes no join")
+        return self._add(state, work, join, on_error)
+
+    def register_router(
+        self, state: S, task: object, *, config: TaskConfig | None = None, on_error: OnError[S] | None = None
+    ) -> Self:
+        """Give a state a task that only chooses the next one.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: A function, async or plain, or an object with a method ``route`` (see `RouterTask`); parameters are filled
+                in as for `register`.
+            config: How the task is run; None takes the task's own attribute ``config``, or else ``TaskConfig()``.
+            on_error: As for `register`.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, `task` is no router, or the workflow is frozen.
+        """
+        return self._add(state, prepare_router(task, config), None, on_error)
+
+    def register_stepped(
+        self, state: S, task: object, *, config: TaskConfig | None = None, on_error: OnError[S] | None = None
+    ) -> Self:
+        """Give a state a task that works in steps.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: An object with a method ``step`` (see `SteppedTask`).
+            config: How each step is run, with all of its retries; None takes the task's own attribute ``config``, or else
+                ``TaskConfig()``.
+            on_error: As for `register`.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, `task` is no stepped task, or the workflow is frozen.
+        """
+        return self._add(state, prepare_stepped(task, config), None, on_error)
+
+    def register_stream(
+        self, state: S, task: object, *, config: TaskConfig | None = None, on_error: OnError[S] | None = None
+    ) -> Self:
+        """Give a state a task that reads a source window by window.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: An object with the methods of a `StreamTask`.
+            config: How it is run: an ``attempt_timeout`` bounds each call of a method, everything else is refused. None takes
+                the task's own attribute ``config``, or else ``TaskConfig()``.
+            on_error: As for `register`.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, `task` is no stream, `config` sets what a stream has no use
+                for, or the workflow is frozen.
+        """
+        return self._add(state, prepare_stream(task, config), None, on_error)
 
     def register_split(
         self,

@@ -41,7 +41,7 @@ pub enum Error {
     MinimumAboveWindow { minimum_calls: u32, window: u32 },
     /// A window of calls that no share of failures or of slow calls is measured in.
     RateMissing,
-    /// A number of a limiter's tokens or calls outside its bounds.
+    /// A number of tokens, calls or outputs outside its bounds.
     Budget { name: &'static str, amount: i64, least: i64, limit: i64 },
 }
 

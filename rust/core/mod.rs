@@ -9,6 +9,8 @@ pub mod time;
 
 pub mod retry;
 
+pub mod window;
+
 pub mod tally;
 
 pub mod breaker;

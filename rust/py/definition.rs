@@ -1,15 +1,17 @@
 //! What a definition is made of: retry modes, join strategies, and the prepared form of a task.
 
 use pyo3::exceptions::{PyBaseException, PyTypeError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::join::JoinStrategy;
-use crate::core::retry::RetryMode;
+use crate::core::retry::{RetryMode, RetryVerdict};
 use crate::core::time::Nanos;
 
+use super::asyncio::Asyncio;
 use super::breaker::PyBreaker;
 use super::convert::{count, duration, number};
 use super::errors::{NonRetryable, RetryAfter};
@@ -94,7 +96,7 @@ impl PyRetryMode {
 }
 
 /// A function and its arguments, as `__reduce__` gives them.
-type Rebuilt<'py> = (Bound<'py, PyAny>, (Bound<'py, PyType>,));
+pub(super) type Rebuilt<'py> = (Bound<'py, PyAny>, (Bound<'py, PyType>,));
 
 /// When a split may go on.
 #[pyclass(frozen, eq, module = "cano", name = "JoinStrategy")]
@@ -190,6 +192,18 @@ impl Policy {
         Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout, breaker }
     }
 
+    /// Seconds to wait after this failure, the k-th in a row; None if it is to leave.
+    fn pause(&self, error: &Bound<'_, PyBaseException>, failures: u32) -> PyResult<Option<f64>> {
+        let py = error.py();
+        if !self.is_retryable(py, error)? {
+            return Ok(None);
+        }
+        match self.retry.after_failure(failures, asked_delay(error)?, Asyncio::of(py)?.dice(py)?) {
+            RetryVerdict::Retry(delay) => Ok(Some(delay.as_seconds())),
+            RetryVerdict::Exhausted | RetryVerdict::NotConfigured => Ok(None),
+        }
+    }
+
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.retry_on)?;
         visit.call(&self.explicit)?;
@@ -213,8 +227,18 @@ impl Policy {
     }
 }
 
+/// The delay that a task asks for before its next attempt.
+pub(super) fn asked_delay(error: &Bound<'_, PyBaseException>) -> PyResult<Option<Nanos>> {
+    if !error.is_instance_of::<RetryAfter>() {
+        return Ok(None);
+    }
+    duration("delay", &error.getattr(intern!(error.py(), "delay"))?).map(Some)
+}
+
 /// Where one argument of a task comes from.
 pub(super) enum Source {
+    /// What the step before left; None in the first step.
+    Cursor,
     Resources,
     Resource {
         key: Py<PyAny>,
@@ -256,6 +280,7 @@ impl Plan {
         let sources = sources
             .into_iter()
             .map(|(kind, key, class)| match kind.as_str() {
+                "cursor" => Ok(Source::Cursor),
                 "resources" => Ok(Source::Resources),
                 "resource" => Ok(Source::Resource { key, class }),
                 "context" => Ok(Source::Context),
@@ -284,7 +309,7 @@ impl Plan {
                     visit.call(class)?;
                 }
                 Source::Caught { classes, .. } => visit.call(classes)?,
-                Source::Resources | Source::Context | Source::Run | Source::Joined { .. } => {}
+                Source::Resources | Source::Context | Source::Cursor | Source::Run | Source::Joined { .. } => {}
             }
         }
         visit.call(&self.keywords)?;
@@ -307,20 +332,31 @@ impl Plan {
     }
 }
 
-/// A task, ready to be called: the bound callable with its plan, name and policy.
+/// A task, ready to be called: the bound callable with its plan, name and policy, and the processing model if it has one.
 #[pyclass(frozen, module = "cano._core")]
 pub(super) struct TaskSpec {
     call: Py<PyAny>,
     pub(super) name: Py<PyString>,
     pub(super) plan: Py<Plan>,
     pub(super) policy: Option<Py<Policy>>,
+    pub(super) model: Option<Py<PyString>>,
+    /// Whether each attempt is one step of several.
+    pub(super) has_steps: bool,
 }
 
 #[pymethods]
 impl TaskSpec {
     #[new]
-    fn new(call: Py<PyAny>, name: Py<PyString>, plan: Py<Plan>, policy: Option<Py<Policy>>) -> Self {
-        Self { call, name, plan, policy }
+    #[pyo3(signature = (call, name, plan, policy, model=None))]
+    fn new(
+        call: Py<PyAny>,
+        name: Py<PyString>,
+        plan: Py<Plan>,
+        policy: Option<Py<Policy>>,
+        model: Option<Py<PyString>>,
+    ) -> Self {
+        let has_steps = plan.get().sources.iter().any(|source| matches!(source, Source::Cursor));
+        Self { call, name, plan, policy, model, has_steps }
     }
 
     #[getter]
@@ -333,6 +369,11 @@ impl TaskSpec {
         self.plan.clone_ref(py)
     }
 
+    #[getter]
+    fn model(&self, py: Python<'_>) -> Option<Py<PyString>> {
+        self.model.as_ref().map(|model| model.clone_ref(py))
+    }
+
     /// The same with its first argument given.
     fn of(&self, first: Py<PyAny>, py: Python<'_>) -> PyResult<Self> {
         static PARTIAL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
@@ -342,6 +383,8 @@ impl TaskSpec {
             name: self.name.clone_ref(py),
             plan: self.plan.clone_ref(py),
             policy: self.policy.as_ref().map(|policy| policy.clone_ref(py)),
+            model: None,
+            has_steps: false,
         })
     }
 

@@ -13,14 +13,12 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::breaker::Outcome;
 use crate::core::retry::RetryVerdict;
-use crate::core::time::Nanos;
 
 use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
-use super::convert::duration;
-use super::definition::{Source, TaskSpec};
+use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{Handed, RunContext, arguments};
-use super::errors::{AttemptTimeoutError, RetryAfter, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{AttemptTimeoutError, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
 use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
@@ -29,7 +27,7 @@ use super::table::Kind;
 use super::timer::{Armed, Limit, Timer};
 
 /// Transitions without a suspension after which the loop gets a turn.
-const TURN: u32 = 1024;
+pub(super) const TURN: u32 = 1024;
 
 /// How far the run came.
 pub(super) enum Advance<'py> {
@@ -41,6 +39,8 @@ pub(super) enum Advance<'py> {
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Work {
     Attempt,
+    /// An attempt at one step of a stepped task.
+    Step,
     Backoff,
     Factory,
 }
@@ -87,6 +87,8 @@ pub(super) struct Drive {
     pub(super) unsuspended: u32,
     /// What led into the present state.
     pub(super) handed: Handed,
+    /// What the last step left for the next one.
+    pub(super) cursor: Option<Py<PyAny>>,
     pub(super) timer: Timer,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
@@ -102,6 +104,7 @@ impl Drive {
             fresh: true,
             unsuspended: 0,
             handed: Handed::Nothing,
+            cursor: None,
             timer: Timer::default(),
             grant: None,
         }
@@ -224,7 +227,10 @@ impl Drive {
         }
         let table = run.get().env.get().table.get();
         match &table.states[self.state].kind {
-            Kind::Task { task, .. } => self.begin(run, Work::Attempt, task.get()),
+            Kind::Task { task, .. } => {
+                let work = if task.get().has_steps { Work::Step } else { Work::Attempt };
+                self.begin(run, work, task.get())
+            }
             Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
             Kind::Split { branches, join } => self.open(run, tasks(branches.bind(py))?, join),
             Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
@@ -298,7 +304,8 @@ impl Drive {
                     }
                 };
                 let plan = task.plan.bind(py);
-                task.call(py, arguments(plan, this.env.get(), context, Some(run), &self.handed)?)
+                let cursor = self.cursor.as_ref().map(|cursor| cursor.bind(py));
+                task.call(py, arguments(plan, this.env.get(), context, Some(run), &self.handed, cursor)?)
             }
         }
     }
@@ -365,6 +372,7 @@ impl Drive {
             Work::Factory => self.made_branches(run, &value),
             Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
             Work::Attempt => self.route(run, &value),
+            Work::Step => self.stepped(run, &value),
         }
     }
 
@@ -403,7 +411,7 @@ impl Drive {
             });
         }
         self.settle(run, Outcome::Failure);
-        let Some(task) = self.task(run).filter(|_| work == Work::Attempt) else {
+        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step)) else {
             return Err(self.failed(run, self.task(run), error));
         };
         self.retry(run, task, error)
@@ -435,17 +443,12 @@ impl Drive {
                 return Err(self.failed(run, Some(task), broken));
             }
         }
-        let asked: Option<Nanos> = if error.is_instance_of::<RetryAfter>(py) {
-            let delay = error.value(py).getattr(intern!(py, "delay"));
-            match delay.and_then(|delay| duration("delay", &delay)) {
-                Ok(delay) => Some(delay),
-                Err(problem) => {
-                    problem.set_cause(py, Some(error));
-                    return Err(self.failed(run, Some(task), problem));
-                }
+        let asked = match asked_delay(error.value(py)) {
+            Ok(asked) => asked,
+            Err(problem) => {
+                problem.set_cause(py, Some(error));
+                return Err(self.failed(run, Some(task), problem));
             }
-        } else {
-            None
         };
         let names = Asyncio::of(py)?;
         match policy.retry.after_failure(self.attempt, asked, names.dice(py)?) {
@@ -594,6 +597,7 @@ impl Drive {
             Handed::Joined(result) => visit.call(result)?,
             Handed::Caught(error) => visit.call(error)?,
         }
+        visit.call(&self.cursor)?;
         self.timer.traverse(visit)
     }
 }

@@ -289,6 +289,7 @@ pub(super) fn arguments<'py>(
     context: impl Fn() -> RunContext,
     run: Option<&Bound<'py, Run>>,
     handed: &Handed,
+    cursor: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let py = plan.py();
     plan.get()
@@ -296,6 +297,7 @@ pub(super) fn arguments<'py>(
         .iter()
         .enumerate()
         .map(|(at, source)| match source {
+            Source::Cursor => Ok(cursor.map_or_else(|| py.None().into_bound(py), Clone::clone)),
             Source::Resources => Ok(env.resources.bind(py).clone()),
             Source::Resource { key, class } => env.resource(plan, at, key, class),
             Source::Context => Ok(Bound::new(py, context())?.into_any()),

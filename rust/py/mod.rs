@@ -16,6 +16,8 @@ mod current;
 
 mod definition;
 
+mod window;
+
 mod memory;
 
 mod circuit_policy;
@@ -86,6 +88,8 @@ mod _core {
     use super::split::Split;
     #[pymodule_export]
     use super::table::{Factory, Table};
+    #[pymodule_export]
+    use super::window::{PyFilling, PyStreamWindow};
 
     #[pymodule_init]
     #[allow(clippy::unnecessary_wraps, reason = "the form that pyo3 calls")]

@@ -8,7 +8,7 @@ use pyo3::types::{PyString, PyTuple};
 use crate::core::join::{Join, JoinVerdict};
 
 use super::definition::TaskSpec;
-use super::drive::{Drive, Flow, Items, Phase, Program};
+use super::drive::{Drive, Flow, Items, Phase, Program, TURN};
 use super::env::{Env, Handed};
 use super::errors::{
     InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
@@ -54,6 +54,7 @@ impl Drive {
         match on_error.find(&error).filter(|_| !is_out_of_budget(env, &error)) {
             Some((caught, next)) => {
                 self.handed = Handed::Caught(caught.unbind());
+                self.cursor = None;
                 Ok(Flow::Go(Phase::Enter(next)))
             }
             None => Err(PyErr::from_value(error.into_any())),
@@ -76,6 +77,33 @@ impl Drive {
             return self.fork(run, table, value);
         }
         self.look_up(run, table, value)
+    }
+
+    /// What a step returned: the next cursor, or `Done` with the next state.
+    ///
+    /// The one place between two steps: a cursor that is to outlive the process is written here, before the next step.
+    pub(super) fn stepped<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+        let (py, table) = (run.py(), run.get().env.get().table.get());
+        let class = value.get_type();
+        if class.is(table.done.bind(py)) {
+            self.cursor = None;
+            return self.route(run, &value.getattr(intern!(py, "state"))?);
+        }
+        if !class.is(table.more.bind(py)) {
+            let error = InvalidTransitionError::new_err(format!(
+                "{} returned a value of type {}; a step returns More(cursor) or Done(state)",
+                self.place(run)?,
+                class.qualname()?
+            ));
+            return Err(self.failed(run, self.task(run), error));
+        }
+        self.cursor = Some(value.getattr(intern!(py, "cursor"))?.unbind());
+        self.attempt = 0;
+        self.unsuspended += 1;
+        if self.unsuspended == TURN {
+            return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
+        }
+        Ok(Flow::Go(Phase::Call))
     }
 
     pub(super) fn look_up<'py>(
@@ -131,11 +159,13 @@ impl Drive {
         value: &Bound<'py, PyAny>,
     ) -> PyResult<Flow<'py>> {
         let Kind::Task { fork: Some(join), .. } = &table.states[self.state].kind else {
-            let error = WorkflowError::new_err(format!(
-                "{} returned TaskResult.Split; register its state with register_split(), or give register() a join=",
-                self.place(run)?
-            ));
-            return Err(self.failed(run, self.task(run), error));
+            let task = self.task(run);
+            let advice = match task.as_ref().and_then(|task| task.get().model.as_ref()) {
+                Some(model) => format!("a {} cannot split", model.bind(run.py()).to_cow()?),
+                None => "register its state with register_split(), or give register() a join=".to_owned(),
+            };
+            let error = WorkflowError::new_err(format!("{} returned TaskResult.Split; {advice}", self.place(run)?));
+            return Err(self.failed(run, task, error));
         };
         let mut starts = Vec::new();
         for state in value.getattr(intern!(run.py(), "states"))?.try_iter()? {

@@ -323,7 +323,7 @@ impl Split {
                 if plan.get().sources.is_empty() {
                     task.get().call_bare(py)?
                 } else {
-                    task.get().call(py, arguments(plan, env, context, None, &Handed::Nothing)?)?
+                    task.get().call(py, arguments(plan, env, context, None, &Handed::Nothing, None)?)?
                 }
             }
             Start::Task(task) => {

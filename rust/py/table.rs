@@ -143,8 +143,12 @@ pub(super) struct Table {
     pub(super) prepare: Py<PyAny>,
     /// `async def drive(run): return await run`, so that a task always runs a real coroutine.
     pub(super) drive: Py<PyAny>,
+    /// What a task returns instead of a bare state.
     pub(super) single: Py<PyType>,
     pub(super) split: Py<PyType>,
+    /// What a step returns.
+    pub(super) more: Py<PyType>,
+    pub(super) done: Py<PyType>,
 }
 
 /// A state as the Python face hands it over.
@@ -159,6 +163,8 @@ struct Entry<'py>(
 
 /// A class of errors, and the state that it leads to.
 type Key<'py> = (Bound<'py, PyType>, Bound<'py, PyAny>);
+/// prepare, drive, and the classes of results: `Table` tells what each is for.
+type Shims = (Py<PyAny>, Py<PyAny>, Py<PyType>, Py<PyType>, Py<PyType>, Py<PyType>);
 
 /// What an annotation lists: the indices of the states, and the targets for the graph.
 type Declared = (Box<[usize]>, Vec<Target>);
@@ -353,12 +359,7 @@ impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, on_error), registered states
     /// first.
     #[new]
-    fn new(
-        py: Python<'_>,
-        subject: &str,
-        entries: Vec<Entry<'_>>,
-        shims: (Py<PyAny>, Py<PyAny>, Py<PyType>, Py<PyType>),
-    ) -> PyResult<Self> {
+    fn new(py: Python<'_>, subject: &str, entries: Vec<Entry<'_>>, shims: Shims) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
         let mut checked = Checked { index: &index, problems: Vec::new(), joined: Vec::new(), caught: Vec::new() };
@@ -378,8 +379,8 @@ impl Table {
         }
         let states: Vec<State> = states.into_iter().flatten().collect();
         let counts_visits = states.iter().any(|state| state.wants_context(py));
-        let (prepare, drive, single, split) = shims;
-        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split })
+        let (prepare, drive, single, split, more, done) = shims;
+        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split, more, done })
     }
 
     /// Refuses a state in which no run can start.
@@ -404,11 +405,13 @@ impl Table {
 }
 
 impl State {
-    /// The task, where no attempt timeout has to be looked after.
+    /// The task, where no attempt timeout and no cursor has to be looked after.
     #[inline]
     pub(super) fn untimed_task(&self) -> Option<&TaskSpec> {
         match &self.kind {
-            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() => Some(task.get()),
+            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() && !task.get().has_steps => {
+                Some(task.get())
+            }
             _ => None,
         }
     }

@@ -7,3 +7,4 @@ mod join;
 mod limiter;
 mod retry;
 mod time;
+mod window;
