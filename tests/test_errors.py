@@ -26,6 +26,7 @@ from cano import (
     JoinTimeoutError,
     KeyNotFoundError,
     NonRetryable,
+    RateLimitedError,
     Resource,
     ResourceError,
     ResourceNotFoundError,
@@ -39,6 +40,7 @@ from cano import (
     TaskExecutionError,
     TaskResult,
     UnknownStateError,
+    UnknownTierError,
     Workflow,
     WorkflowCancelledError,
     WorkflowError,
@@ -104,6 +106,7 @@ class Oddity(BaseException):
 TREE = [
     (CanoError, (Exception,), "cano"),
     (ConfigurationError, (CanoError, ValueError), "configuration"),
+    (UnknownTierError, (ConfigurationError, KeyError), "configuration"),
     (WorkflowError, (CanoError,), "workflow"),
     (InvalidTransitionError, (WorkflowError,), "workflow"),
     (UnknownStateError, (WorkflowError, LookupError), "workflow"),
@@ -116,6 +119,7 @@ TREE = [
     (NonRetryable, (TaskExecutionError,), "task"),
     (RetryExhaustedError, (CanoError,), "retry"),
     (AttemptTimeoutError, (CanoError, TimeoutError), "timeout"),
+    (RateLimitedError, (CanoError,), "rate"),
     (StoreError, (CanoError,), "store"),
     (KeyNotFoundError, (StoreError, KeyError), "store"),
     (StoreTypeError, (StoreError, TypeError), "store"),
@@ -822,6 +826,7 @@ def made(kind, message):
         WorkflowCancelledError: ("enough",),
         RetryExhaustedError: (4,),
         AttemptTimeoutError: (1.5,),
+        RateLimitedError: ("calls", 0.1),
     }
     return kind(message, *facts.get(kind, ()))
 

@@ -49,6 +49,11 @@ impl Asyncio {
         Ok(is_stock)
     }
 
+    /// The loop that runs in this thread; raises where none does.
+    pub(super) fn running_loop<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.running_loop.bind(py).call0()
+    }
+
     pub(super) fn sleep<'py>(&self, py: Python<'py>, seconds: f64) -> PyResult<Bound<'py, PyAny>> {
         self.sleep.bind(py).call1((seconds,))
     }
@@ -79,7 +84,7 @@ pub(super) struct Clock {
 impl Clock {
     pub(super) fn running(py: Python<'_>) -> PyResult<Clock> {
         let names = Asyncio::of(py)?;
-        let event_loop = names.running_loop.bind(py).call0()?;
+        let event_loop = names.running_loop(py)?;
         let is_stock = names.is_stock(&event_loop)?;
         let now =
             if is_stock { names.monotonic.clone_ref(py) } else { event_loop.getattr(intern!(py, "time"))?.unbind() };

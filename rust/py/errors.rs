@@ -13,11 +13,13 @@ mod python {
     pyo3::import_exception!(cano._errors, InvalidTransitionError);
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
     pyo3::import_exception!(cano._errors, NonRetryable);
+    pyo3::import_exception!(cano._errors, RateLimitedError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
     pyo3::import_exception!(cano._errors, StoreTypeError);
     pyo3::import_exception!(cano._errors, TaskExecutionError);
     pyo3::import_exception!(cano._errors, UnknownStateError);
+    pyo3::import_exception!(cano._errors, UnknownTierError);
     pyo3::import_exception!(cano._errors, WorkflowError);
     pyo3::import_exception!(cano._errors, WorkflowTimeoutError);
     pyo3::import_exception!(asyncio.exceptions, CancelledError);
@@ -39,6 +41,12 @@ fn helper<'py>(py: Python<'py>, cell: &'static PyOnceLock<Py<PyAny>>, name: &str
 pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
     static SHOW: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
+}
+
+/// Refuses a text that is empty, longer than `limit` bytes or not printable.
+pub(super) fn check_text(name: &str, text: &Bound<'_, PyAny>, limit: usize) -> PyResult<()> {
+    static CHECK_TEXT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    helper(text.py(), &CHECK_TEXT, "check_text")?.call1((name, text, limit)).map(drop)
 }
 
 /// The name of a state in messages and keys.
