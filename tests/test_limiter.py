@@ -15,17 +15,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import combinations
 from typing import Annotated, Any
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from cano import (
     ConfigurationError,
     JoinConfig,
     JoinStrategy,
-    LimiterSnapshot,
     MultiRateLimiter,
     RateLimitedError,
     RateLimiter,
@@ -874,3 +874,377 @@ def test_garbage():
     gc.collect()
 
     assert [ref() for ref in gone] == [None, None]
+
+
+# Threads and loops
+
+
+def in_threads(count: int, function: Callable[[], Any]) -> list[Any]:
+    """What the function returns in so many threads that begin together."""
+    results, begin = [], threading.Barrier(count)
+
+    def work() -> None:
+        begin.wait()
+        results.append(function())
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == count
+    return results
+
+
+def granted(limiter: RateLimiter | WindowedRateLimiter | MultiRateLimiter, calls: int) -> int:
+    """How many of so many tries are granted."""
+    count = 0
+    for _ in range(calls):
+        try:
+            limiter.try_acquire()
+        except RateLimitedError:
+            pass
+        else:
+            count += 1
+    return count
+
+
+@pytest.mark.timeout(60)
+def test_a_million_tries_in_threads():
+    """8 threads that try a million times are granted what there was, not one more and not one less."""
+    limiter = RateLimiter(RateLimiterPolicy(1, 315_576_000, max_tokens=900_000))
+
+    counts = in_threads(8, lambda: granted(limiter, 125_000))
+
+    assert sum(counts) == 900_000
+    assert limiter.snapshot().available == 0
+
+
+@pytest.mark.timeout(60)
+def test_rate_in_threads():
+    """However many threads try, a bucket never grants more than its capacity and what came back, and wastes nothing."""
+    limiter, began = bucket(100_000, 1_000), time.monotonic()
+
+    counts = in_threads(8, lambda: granted(limiter, 25_000))
+    elapsed = time.monotonic() - began
+
+    assert sum(counts) <= 1_000 + 100_000 * elapsed
+    assert sum(counts) >= 1_000
+
+
+def test_tiers_in_threads():
+    """Threads that pass through the same limiters in another order do not block each other, and all tiers count alike."""
+    a, b, c = window(10_000, 3600), window(8_000, 3600), window(10_000, 3600)
+    orders = iter([tiers(a=a, b=b, c=c), tiers(c=c, b=b, a=a), tiers(b=b, a=a, c=c), tiers(c=c, a=a, b=b)])
+
+    counts = in_threads(4, lambda: granted(next(orders), 2_500))
+
+    assert sum(counts) == 8_000
+    assert [limiter.snapshot().used for limiter in (a, b, c)] == [8_000] * 3
+
+
+@pytest.mark.realtime
+def test_line_through_several_loops():
+    """Those who wait on loops in several threads are served by the rate, each in its own loop, and none is forgotten."""
+    limiter, began = bucket(400, 1), time.monotonic()
+    multi = tiers(a=limiter, b=window(1_000))
+
+    async def wait(limiter: AnyLimiter, patience: float) -> int:
+        loop, thread = asyncio.get_running_loop(), threading.get_ident()
+        try:
+            async with asyncio.timeout(patience):
+                await limiter.acquire()
+        except TimeoutError:
+            return 0
+        assert (asyncio.get_running_loop(), threading.get_ident()) == (loop, thread)
+        return 1
+
+    async def main() -> int:
+        calls = [(limiter, 60.0), (multi, 60.0), (limiter, 0.01), (multi, 0.02)] * 5
+        return sum(await asyncio.gather(*(wait(*call) for call in calls)))
+
+    counts = in_threads(4, lambda: asyncio.run(main()))
+    elapsed = time.monotonic() - began
+
+    assert all(10 <= count <= 20 for count in counts)
+    assert sum(counts) <= 1 + 400 * elapsed
+    assert in_line(limiter) == 0
+
+
+@pytest.mark.realtime
+def test_order_of_a_line_through_two_loops():
+    """A line goes by who came first, whichever loop they wait on."""
+    limiter, log = drained(bucket(10, 1)), Log()
+
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        tasks = [runner.run(log.start(who, limiter)) for who, runner in enumerate([one, other, other, one, other])]
+
+        async def rest(mine: list[asyncio.Task[None]]) -> None:
+            await asyncio.gather(*mine)
+
+        thread = threading.Thread(target=lambda: one.run(rest([tasks[0], tasks[3]])))
+        thread.start()
+        other.run(rest([tasks[1], tasks[2], tasks[4]]))
+        thread.join()
+
+    assert [who for who, _ in log.grants] == [0, 1, 2, 3, 4]
+
+
+# Against a model
+
+
+class BucketModel:
+    """A bucket whose tokens are counted in fractions, at integer nanoseconds."""
+
+    def __init__(self, policy: RateLimiterPolicy) -> None:
+        self.capacity, self.rate = policy.capacity, Fraction(policy.tokens, round(policy.period * 1e9))
+        self.level, self.at = Fraction(policy.capacity), 0
+
+    def free_at(self, now: int, cost: int) -> int:
+        level = min(self.capacity, self.level + (now - self.at) * self.rate)
+        return now + math.ceil(max(Fraction(0), cost - level) / self.rate)
+
+    def take(self, now: int, cost: int) -> None:
+        self.level, self.at = min(self.capacity, self.level + (now - self.at) * self.rate) - cost, now
+
+
+class WindowModel:
+    """A window that knows when the first began."""
+
+    def __init__(self, policy: WindowPolicy) -> None:
+        self.capacity, self.width = policy.limit, round(policy.seconds * 1e9)
+        self.began: int | None = None
+        self.used = (0, 0)  # number of the window, and what was taken in it
+
+    def window(self, now: int) -> tuple[int, int, int]:
+        began = now if self.began is None else self.began
+        number = (now - began) // self.width
+        return began, number, self.used[1] if number == self.used[0] else 0
+
+    def free_at(self, now: int, cost: int) -> int:
+        began, number, used = self.window(now)
+        more = -(-max(0, used + cost - self.capacity) // self.capacity)
+        return began + (number + more) * self.width if more else now
+
+    def take(self, now: int, cost: int) -> None:
+        self.began, number, used = self.window(now)
+        self.used = (number, used + cost)
+
+
+Charges = list[tuple[int, int]]
+"""Which limiter, and how much, for each tier."""
+
+
+class Model:
+    """Limiters and their line: whoever shares no limiter with somebody in front goes as soon as all is there."""
+
+    def __init__(self, budgets: list[BucketModel | WindowModel]) -> None:
+        self.budgets, self.now = budgets, 0
+        self.line: list[tuple[int, Charges]] = []
+        self.grants: dict[int, int] = {}
+
+    def owed(self, charges: Charges, index: int) -> int:
+        return sum(cost for of, cost in charges if of == index)
+
+    def touched(self, charges: Charges) -> set[int]:
+        return {index for index, cost in charges if cost}
+
+    def queued(self, index: int) -> int:
+        return sum(self.owed(charges, index) for _, charges in self.line)
+
+    def wait(self, index: int, cost: int) -> float:
+        """Nanoseconds until a newcomer's cost can be had, those in line first."""
+        budget = self.budgets[index]
+        if not 0 < cost <= budget.capacity:
+            return 0 if cost == 0 else math.inf
+        return budget.free_at(self.now, self.queued(index) + cost) - self.now
+
+    def refusal(self, charges: Charges) -> tuple[int, float] | None:
+        """The tier in the way of a newcomer, and how long; None if there is none."""
+        sums = [self.owed(charges[: tier + 1], index) for tier, (index, _) in enumerate(charges)]
+        for tier, (index, _) in enumerate(charges):
+            if sums[tier] > self.budgets[index].capacity:
+                return tier, math.inf
+        for tier, (index, cost) in enumerate(charges):
+            if cost and (self.queued(index) or self.wait(index, sums[tier])):
+                return tier, max(1e6, self.wait(index, self.owed(charges, index)))
+        return None
+
+    def take(self, charges: Charges) -> None:
+        for index in self.touched(charges):
+            self.budgets[index].take(self.now, self.owed(charges, index))
+
+    def heads(self) -> Iterator[tuple[int, int, Charges]]:
+        """Who has nobody in front, and when all is there."""
+        passed: set[int] = set()
+        for key, charges in self.line:
+            touched = self.touched(charges)
+            if not touched & passed:
+                yield max(self.budgets[i].free_at(self.now, self.owed(charges, i)) for i in touched), key, charges
+            passed |= touched
+
+    def advance(self, until: int) -> None:
+        """Serve the line up to a moment."""
+        while heads := [head for head in self.heads() if head[0] <= until]:
+            self.now, key, charges = min(heads)
+            self.take(charges)
+            self.line.remove((key, charges))
+            self.grants[key] = self.now
+        self.now = until
+
+
+HAIR = 2e-10
+
+POLICIES = st.one_of(
+    st.builds(
+        RateLimiterPolicy,
+        st.integers(1, 4),
+        st.sampled_from([0.001, 0.01, 0.3]),
+        max_tokens=st.integers(1, 5),
+        burst=st.integers(0, 2),
+    ),
+    st.builds(WindowPolicy, st.integers(1, 6), st.sampled_from([0.003, 0.1])),
+)
+TIERS = [(0, 1), (1, 2), (2, 1), (1, 1), (0, 3)]
+"""The tiers "0" to "4": their limiter and cost; two limiters have two."""
+
+SINGLE = [(limiter, cost) for limiter in range(3) for cost in range(5)]
+SEVERAL = [None, *map(set, combinations("01234", 2)), *map(set, combinations("01234", 3)), {"0"}]
+CALLS = st.sampled_from([*SINGLE, *SEVERAL])
+"""A limiter and a cost, or the tiers of the multi limiter."""
+
+
+class LimitersAgainstModel(RuleBasedStateMachine):
+    """Whatever is tried, awaited and cancelled in whatever order, the limiters do what the model does, to the nanosecond."""
+
+    @initialize(policies=st.lists(POLICIES, min_size=3, max_size=3))
+    def begin(self, policies):
+        self.loop = VirtualClockLoop()
+        kinds = {RateLimiterPolicy: (RateLimiter, BucketModel), WindowPolicy: (WindowedRateLimiter, WindowModel)}
+        self.limiters = [kinds[type(policy)][0](policy) for policy in policies]
+        self.model = Model([kinds[type(policy)][1](policy) for policy in policies])
+        self.multi = MultiRateLimiter()
+        for tier, (index, cost) in enumerate(TIERS):
+            self.multi.with_tier(str(tier), self.limiters[index], cost)
+        self.tasks, self.grants = {}, {}
+
+    def play(self, act, seconds=0.0):
+        """Act inside the loop, let time pass, and let everything go on that can."""
+
+        async def turn():
+            result = act()
+            await asyncio.sleep(seconds)
+            await asyncio.sleep(HAIR)  # for timers of the same nanosecond, to which a sum of floats may be a hair short
+            while self.loop._ready:
+                await asyncio.sleep(0)
+            self.model.advance(self.moment())
+            self.compare()
+            return result
+
+        return self.loop.run_until_complete(turn())
+
+    def moment(self):
+        return round(self.loop.time() * 1e9)
+
+    def charged(self, call):
+        """The limiter, what to give it, and the charges of the model."""
+        if isinstance(call, tuple):
+            return self.limiters[call[0]], call[1], [call]
+        return self.multi, call, [(i, cost if call is None or str(t) in call else 0) for t, (i, cost) in enumerate(TIERS)]
+
+    async def acquire(self, key, limiter, charge):
+        await limiter.acquire(charge)
+        self.grants[key] = self.moment()
+
+    def refuses(self, error, charges):
+        tier, wait = self.model.refusal(charges)
+        assert error.tier == (None if len(charges) == 1 else str(tier))
+        assert error.retry_after * 1e9 == pytest.approx(wait, abs=0.5)
+
+    @rule(call=CALLS)
+    def try_now(self, call):
+        limiter, charge, charges = self.charged(call)
+
+        def act():
+            try:
+                limiter.try_acquire(charge)
+            except RateLimitedError as error:
+                self.refuses(error, charges)
+            else:
+                assert self.model.refusal(charges) is None
+                self.model.take(charges)
+
+        self.play(act)
+
+    @rule(call=CALLS)
+    def wait(self, call):
+        limiter, charge, charges = self.charged(call)
+
+        def act():
+            key = len(self.tasks)
+            self.tasks[key] = self.loop.create_task(self.acquire(key, limiter, charge))
+            refusal = self.model.refusal(charges)
+            if refusal is None:
+                self.model.take(charges)
+                self.model.grants[key] = self.model.now
+            elif refusal[1] < math.inf:
+                self.model.line.append((key, charges))
+            return key, refusal
+
+        key, refusal = self.play(act)
+        if refusal and refusal[1] == math.inf:
+            self.refuses(self.tasks[key].exception(), charges)
+
+    @precondition(lambda self: self.model.line)
+    @rule(place=st.integers(0, 7))
+    def cancel(self, place):
+        waiting = self.model.line[place % len(self.model.line)]
+
+        def act():
+            self.tasks[waiting[0]].cancel()
+            self.model.line.remove(waiting)
+
+        self.play(act)
+        assert self.tasks[waiting[0]].cancelled()
+
+    @rule(milliseconds=st.sampled_from([0.000_001, 0.5, 1, 3, 33.4, 100, 1_000]))
+    def pass_time(self, milliseconds):
+        self.play(lambda: None, milliseconds / 1e3)
+
+    @rule(call=CALLS)
+    def look(self, call):
+        limiter, charge, charges = self.charged(call)
+        waits = [self.model.wait(index, self.model.owed(charges, index)) for index in range(3)]
+
+        found = self.play(lambda: limiter.time_until(charge))
+
+        assert found * 1e9 == pytest.approx(max(waits), abs=0.5)
+
+    def compare(self):
+        """The same were granted at the same moments, as many wait, and as much is left."""
+        assert self.grants == self.model.grants
+        for index, (limiter, budget) in enumerate(zip(self.limiters, self.model.budgets, strict=True)):
+            shown = limiter.snapshot()
+            assert shown.waiting == sum(index in self.model.touched(charges) for _, charges in self.model.line)
+            assert budget.free_at(self.model.now, shown.available) == self.model.now
+            if shown.used:
+                assert budget.free_at(self.model.now, shown.available + 1) > self.model.now
+
+    def teardown(self):
+        async def leave():
+            for task in self.tasks.values():
+                task.cancel()
+            await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+        self.loop.run_until_complete(leave())
+        self.loop.close()
+        assert [in_line(limiter) for limiter in self.limiters] == [0, 0, 0]
+
+
+LimitersAgainstModel.TestCase.settings = settings(
+    deadline=None,
+    max_examples=100 if DEBUG else 1_000,
+    stateful_step_count=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+test_limiters_against_the_model = pytest.mark.timeout(120)(LimitersAgainstModel.TestCase)
