@@ -8,6 +8,7 @@ import math
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Annotated
 
 import pytest
@@ -24,7 +25,10 @@ from cano import (
     JoinConfig,
     JoinStrategy,
     MemoryStore,
+    MultiRateLimiter,
     NonRetryable,
+    RateLimiter,
+    RateLimiterPolicy,
     Res,
     ResourceNotFoundError,
     Resources,
@@ -34,6 +38,8 @@ from cano import (
     TaskConfig,
     TaskExecutionError,
     TaskResult,
+    WindowedRateLimiter,
+    WindowPolicy,
     Workflow,
     in_thread,
     testing,
@@ -57,6 +63,18 @@ ALL = JoinConfig(JoinStrategy.All, S.DONE)
 
 
 exponential = TaskConfig().with_exponential_retry
+
+
+def bucket():
+    return RateLimiter(RateLimiterPolicy.per_second(10))
+
+
+def window():
+    return WindowedRateLimiter(WindowPolicy.per_second(10))
+
+
+def tiers():
+    return MultiRateLimiter().with_tier("calls", bucket())
 
 
 def refusal(call, *args):
@@ -178,6 +196,11 @@ def slow_calls(**options):
     return CircuitPolicy.rate(calls=9, **{"slow_call_duration": 1, "slow_call_rate": 0.5} | options)
 
 
+NOT_A_COST = [*NOT_A_NUMBER, 1.0, math.nan]
+NOT_A_COUNT = [*NOT_A_COST, 2**63, 10**400]
+NO_WIDTH = [0, -0.0, timedelta(), -1, math.nan, math.inf, 315_576_001]
+
+
 def cases(*groups):
     """One case per value of each group: (name, call, values)."""
     return [
@@ -219,6 +242,17 @@ def cases(*groups):
         ("slow_call_rate", lambda value: slow_calls(slow_call_rate=value), [0, -0.1, 1.001, math.nan, True, "1"]),
         ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
         ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
+        # RL-010, WN-007
+        ("tokens", RateLimiterPolicy.per_second, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
+        ("period", lambda value: RateLimiterPolicy(1, value), [*NO_WIDTH, *NOT_A_NUMBER]),
+        ("max_tokens", lambda value: RateLimiterPolicy(1, 1, max_tokens=value), [0, -1, 1_000_000_001, True, 1.0, "1"]),
+        ("burst", lambda value: RateLimiterPolicy.per_hour(1, burst=value), [-1, 1_000_000_001, True, 1.0, "1"]),
+        ("limit", WindowPolicy.per_day, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
+        ("seconds", lambda value: WindowPolicy(1, value), [*NO_WIDTH, *NOT_A_NUMBER]),
+        ("cost", lambda value: bucket().try_acquire(value), [-1, -(2**70), *NOT_A_COST]),
+        ("cost", lambda value: window().acquire(value), [-1, -(2**70), *NOT_A_COST]),
+        ("cost", lambda value: bucket().time_until(value), [-1, -(2**70), *NOT_A_COST]),
+        ("cost", lambda value: tiers().with_tier("x", bucket(), value), [-1, -(2**70), *NOT_A_COST]),
     ),
 )
 def test_number_out_of_range(name, call, value):
@@ -244,6 +278,10 @@ def test_number_out_of_range(name, call, value):
         pytest.param(lambda value: CircuitPolicy.rate(0.5, calls=value), 10_000, id="window of calls"),
         pytest.param(lambda value: CircuitPolicy.rate(value, calls=1), 1, id="failure rate of 1"),
         pytest.param(lambda value: CircuitPolicy.rate(0.5, calls=9, minimum_calls=value), 9, id="a full window"),
+        pytest.param(RateLimiterPolicy.per_second, 1_000_000_000, id="tokens"),
+        pytest.param(lambda value: RateLimiterPolicy(1, value), 1e-9, id="the shortest period"),
+        pytest.param(lambda value: WindowPolicy(1, value), 315_576_000, id="the longest window"),
+        pytest.param(lambda value: tiers().with_tier("x", bucket(), value), 10**30, id="cost beyond any capacity"),
     ],
 )
 def test_number_at_its_limit(call, value):
@@ -299,6 +337,16 @@ def test_workflow_name(value):
     """A workflow's name is a text that is not empty."""
     assert refusal(lambda: Workflow(name=value)).startswith("name must ")
     assert refusal(lambda: Workflow.bare(name=value)).startswith("name must ")
+
+
+@pytest.mark.parametrize("value", ["", 5, b"x", ["x"], True, "a\nb", "\ud800", "x" * 129], ids=repr)
+def test_limiter_name(value):
+    """The name of a limiter or a tier is a printable text of 1 to 128 bytes."""
+    policy, width = RateLimiterPolicy.per_second(1), WindowPolicy.per_second(1)
+
+    assert refusal(lambda: RateLimiter(policy, name=value)).startswith("name must ")
+    assert refusal(lambda: WindowedRateLimiter(width, name=value)).startswith("name must ")
+    assert refusal(lambda: tiers().with_tier(value, bucket())).startswith("name must ")
 
 
 @pytest.mark.parametrize("value", [None, 5, "Healthy", "", S.START], ids=repr)
@@ -440,6 +488,13 @@ def test_branches_made_at_run_time_that_are_none(made):
         pytest.param(CircuitBreaker().record_success, "permit must be a Permit that try_acquire()", id="success"),
         pytest.param(CircuitBreaker().record_failure, "permit must be a Permit that try_acquire()", id="failure"),
         pytest.param(CircuitBreaker().record_ignored, "permit must be a Permit that try_acquire()", id="ignored"),
+        pytest.param(RateLimiter, "policy must be a RateLimiterPolicy, got", id="bucket policy"),
+        pytest.param(WindowedRateLimiter, "policy must be a WindowPolicy, got", id="window policy"),
+        pytest.param(
+            lambda value: MultiRateLimiter().with_tier("x", value),
+            "limiter must be a RateLimiter or a WindowedRateLimiter, got",
+            id="limiter of a tier",
+        ),
     ],
 )
 @pytest.mark.parametrize("value", [5, "x", True, [5]], ids=repr)
@@ -663,7 +718,31 @@ WALK = {
     "MemoryStore.put.key": ("key", lambda value: with_store(lambda store: store.put(value, 1))),
     "MemoryStore.put.value": ("value", lambda value: with_store(lambda store: store.put("key", value))),
     "MemoryStore.remove.key": ("key", lambda value: with_store(lambda store: store.remove(value))),
+    "MultiRateLimiter.acquire.tiers": ("tier", lambda value: testing.run(tiers().acquire(value))),
+    "MultiRateLimiter.time_until.tiers": ("tier", lambda value: tiers().time_until(value)),
+    "MultiRateLimiter.try_acquire.tiers": ("tier", lambda value: tiers().try_acquire(value)),
+    "MultiRateLimiter.with_tier.name": ("name", lambda value: tiers().with_tier(value, bucket())),
+    "MultiRateLimiter.with_tier.limiter": ("limiter", lambda value: tiers().with_tier("x", value)),
+    "MultiRateLimiter.with_tier.cost": ("cost", lambda value: tiers().with_tier("x", bucket(), value)),
     "NonRetryable.message": ("message", lambda value: raised(NonRetryable(value))),
+    "RateLimiter.policy": ("policy", RateLimiter),
+    "RateLimiter.name": ("name", lambda value: RateLimiter(RateLimiterPolicy.per_second(1), name=value)),
+    "RateLimiter.acquire.cost": ("cost", lambda value: testing.run(bucket().acquire(value))),
+    "RateLimiter.time_until.cost": ("cost", lambda value: bucket().time_until(value)),
+    "RateLimiter.try_acquire.cost": ("cost", lambda value: bucket().try_acquire(value)),
+    "RateLimiterPolicy.tokens": ("tokens", lambda value: RateLimiterPolicy(value, 1)),
+    "RateLimiterPolicy.period": ("period", lambda value: RateLimiterPolicy(1, value)),
+    "RateLimiterPolicy.max_tokens": ("max_tokens", lambda value: RateLimiterPolicy(1, 1, max_tokens=value)),
+    "RateLimiterPolicy.burst": ("burst", lambda value: RateLimiterPolicy(1, 1, burst=value)),
+    **{
+        f"RateLimiterPolicy.{per}.{name}": (name, partial(call, getattr(RateLimiterPolicy, per)))
+        for per in ("per_second", "per_minute", "per_hour")
+        for name, call in {
+            "tokens": lambda make, value: make(value),
+            "max_tokens": lambda make, value: make(1, max_tokens=value),
+            "burst": lambda make, value: make(1, burst=value),
+        }.items()
+    },
     "Res.key": ("key", Res),
     "Resources.mapping": ("mapping", Resources),
     "Resources.get.key": ("key|resource", lambda value: Resources({"key": 1}).get(value)),
@@ -707,6 +786,17 @@ WALK = {
     "TaskExecutionError.message": ("message", lambda value: raised(TaskExecutionError(value))),
     "TaskResult.Single.state": ("state", returning_single),
     "TaskResult.Split.states": ("states", TaskResult.Split),
+    "WindowPolicy.limit": ("limit", lambda value: WindowPolicy(value, 1)),
+    "WindowPolicy.seconds": ("seconds", lambda value: WindowPolicy(1, value)),
+    "WindowPolicy.per_second.limit": ("limit", WindowPolicy.per_second),
+    "WindowPolicy.per_minute.limit": ("limit", WindowPolicy.per_minute),
+    "WindowPolicy.per_hour.limit": ("limit", WindowPolicy.per_hour),
+    "WindowPolicy.per_day.limit": ("limit", WindowPolicy.per_day),
+    "WindowedRateLimiter.policy": ("policy", WindowedRateLimiter),
+    "WindowedRateLimiter.name": ("name", lambda value: WindowedRateLimiter(WindowPolicy.per_day(1), name=value)),
+    "WindowedRateLimiter.acquire.cost": ("cost", lambda value: testing.run(window().acquire(value))),
+    "WindowedRateLimiter.time_until.cost": ("cost", lambda value: window().time_until(value)),
+    "WindowedRateLimiter.try_acquire.cost": ("cost", lambda value: window().try_acquire(value)),
     "Workflow.resources": ("resources", Workflow),
     "Workflow.name": ("name", lambda value: Workflow(name=value)),
     "Workflow.add_exit_state.state": ("state", lambda value: defined(simple().add_exit_state(value))),
@@ -778,6 +868,7 @@ MADE_BY_THE_ENGINE = {
     "Seconds",
     "SplitResult",
 }
+MADE_BY_THE_ENGINE = {"BranchOutcome", "ErrorContext", "LimiterSnapshot", "Run", "RunContext", "SplitResult", "Seconds"}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
 
 

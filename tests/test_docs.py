@@ -4,6 +4,7 @@ The blocks of a page run in order and share a namespace, as a reader would type 
 uses the virtual clock, so examples may sleep as long as they like.
 """
 
+import ast
 import asyncio
 import doctest
 import enum
@@ -123,6 +124,19 @@ def examples() -> Iterator[Any]:
             for test in found:
                 if test.examples:
                     yield pytest.param(test, id=test.name)
+    yield from stub_examples(names | vars(cano))
+
+
+def stub_examples(names: dict[str, Any]) -> Iterator[Any]:
+    """The same for the native classes, whose docstrings stand in the stub."""
+    stub = ast.parse((ROOT / "python" / "cano" / "_core.pyi").read_text(encoding="utf-8"))
+    for node in stub.body:
+        for part in ast.walk(node) if isinstance(node, ast.ClassDef) and node.name in cano.__all__ else ():
+            text = ast.get_docstring(part) if isinstance(part, ast.ClassDef | ast.FunctionDef) else None
+            name = f"cano.{node.name}" + ("" if part is node else f".{getattr(part, 'name', '')}")
+            test = doctest.DocTestParser().get_doctest(text or "", dict(names), name, None, None)
+            if test.examples:
+                yield pytest.param(test, id=test.name)
 
 
 @pytest.mark.parametrize("example", list(examples()))
@@ -141,4 +155,4 @@ def test_examples_in_docstrings_are_found() -> None:
     names = {param.values[0].name for param in examples()}
 
     assert {"cano.Workflow", "cano.Workflow.task", "cano.TaskConfig", "cano.JoinConfig", "cano.in_thread"} <= names
-    assert "cano.testing.run" in names
+    assert {"cano.testing.run", "cano.RateLimiter", "cano.RetryMode.fixed"} <= names

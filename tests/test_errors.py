@@ -27,6 +27,7 @@ from cano import (
     JoinTimeoutError,
     KeyNotFoundError,
     NonRetryable,
+    RateLimitedError,
     Resource,
     ResourceError,
     ResourceNotFoundError,
@@ -40,6 +41,7 @@ from cano import (
     TaskExecutionError,
     TaskResult,
     UnknownStateError,
+    UnknownTierError,
     Workflow,
     WorkflowCancelledError,
     WorkflowError,
@@ -105,6 +107,7 @@ class Oddity(BaseException):
 TREE = [
     (CanoError, (Exception,), "cano"),
     (ConfigurationError, (CanoError, ValueError), "configuration"),
+    (UnknownTierError, (ConfigurationError, KeyError), "configuration"),
     (WorkflowError, (CanoError,), "workflow"),
     (InvalidTransitionError, (WorkflowError,), "workflow"),
     (UnknownStateError, (WorkflowError, LookupError), "workflow"),
@@ -118,6 +121,7 @@ TREE = [
     (RetryExhaustedError, (CanoError,), "retry"),
     (AttemptTimeoutError, (CanoError, TimeoutError), "timeout"),
     (CircuitOpenError, (CanoError,), "circuit"),
+    (RateLimitedError, (CanoError,), "rate"),
     (StoreError, (CanoError,), "store"),
     (KeyNotFoundError, (StoreError, KeyError), "store"),
     (StoreTypeError, (StoreError, TypeError), "store"),
@@ -825,6 +829,7 @@ def made(kind, message):
         RetryExhaustedError: (4,),
         AttemptTimeoutError: (1.5,),
         CircuitOpenError: ("payments", 12.5),
+        RateLimitedError: ("calls", 0.1),
     }
     return kind(message, *facts.get(kind, ()))
 

@@ -951,7 +951,8 @@ def test_config_repr() -> None:
     config = TaskConfig().with_fixed_retry(3, 0.2).with_attempt_timeout(1)
 
     assert repr(config) == (
-        "TaskConfig(retry=RetryMode.fixed(3, 0.2), retry_on=<class 'Exception'>, attempt_timeout=1.0)"
+        "TaskConfig(retry=RetryMode.fixed(3, 0.2), retry_on=<class 'Exception'>, attempt_timeout=1.0, "
+        "circuit_breaker=None, rate_limiter=None)"
     )
 
 
@@ -976,6 +977,8 @@ def test_config_as_a_dict() -> None:
         "retry": RetryMode.fixed(1, 0.5),
         "retry_on": Exception,
         "attempt_timeout": 2.0,
+        "circuit_breaker": None,
+        "rate_limiter": None,
     }
 
 

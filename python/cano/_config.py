@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, Self, TypeAlias
 
 from . import _core
-from ._core import CircuitBreaker, RetryMode
+from ._core import CircuitBreaker, MultiRateLimiter, RateLimiter, RetryMode, WindowedRateLimiter
 from ._errors import (
     ConfigurationError,
     InvalidTransitionError,
@@ -80,6 +80,9 @@ class TaskConfig(_Prepared):
         circuit_breaker: Asked before each attempt, and told how it ended: returned, raised an Exception (a time-out is one),
             or neither, when it was cancelled. One that is open ends the state with `CircuitOpenError`, whatever retries are
             left, and the task is not called. It may be shared by any number of tasks. None lets every attempt through.
+        rate_limiter: Charged before each attempt, with a cost of 1 or that of each tier; the attempt waits for its turn, in
+            the line of all who use the limiter. The wait is no part of the attempt's time. It may be shared by any number of
+            tasks. None lets every attempt through. With a circuit breaker as well, nobody waits for one that is open.
 
     Raises:
         ConfigurationError: A value is out of range or of the wrong type.
@@ -93,6 +96,7 @@ class TaskConfig(_Prepared):
     retry_on: type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool] = Exception
     attempt_timeout: Seconds | None = None
     circuit_breaker: CircuitBreaker | None = None
+    rate_limiter: RateLimiter | WindowedRateLimiter | MultiRateLimiter | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.retry, RetryMode):
@@ -101,8 +105,9 @@ class TaskConfig(_Prepared):
         if breaker is not None and not isinstance(breaker, CircuitBreaker):
             raise ConfigurationError(f"circuit_breaker must be a CircuitBreaker or None, got {show(breaker)}")
         limit = _core.seconds("attempt_timeout", self.attempt_timeout)
-        policy = _core.Policy(self.retry, self.retry_on, _explicit(self.retry_on), _NEVER_RETRIED, limit, breaker)
-        acts = limit is not None or self.retry != RetryMode.none() or breaker is not None
+        explicit, limiter = _explicit(self.retry_on), self.rate_limiter
+        policy = _core.Policy(self.retry, self.retry_on, explicit, _NEVER_RETRIED, limit, breaker, limiter)
+        acts = self.retry != RetryMode.none() or any(part is not None for part in (limit, breaker, limiter))
         object.__setattr__(self, "attempt_timeout", limit)
         object.__setattr__(self, "_policy", policy if acts else None)
 
@@ -142,6 +147,10 @@ class TaskConfig(_Prepared):
     def with_circuit_breaker(self, breaker: CircuitBreaker | None) -> Self:
         """A copy whose attempts the breaker lets through or refuses; None lets each through."""
         return replace(self, circuit_breaker=breaker)
+
+    def with_rate_limiter(self, limiter: RateLimiter | WindowedRateLimiter | MultiRateLimiter | None) -> Self:
+        """A copy whose attempts wait for the limiter; None lets each through."""
+        return replace(self, rate_limiter=limiter)
 
 
 def _explicit(retry_on: Any) -> tuple[type[Exception], ...] | None:

@@ -19,10 +19,15 @@ __all__ = [
     "Factory",
     "Filling",
     "JoinStrategy",
+    "Limiter",
+    "LimiterSnapshot",
     "MemoryStore",
+    "MultiRateLimiter",
     "Permit",
     "Plan",
     "Policy",
+    "RateLimiter",
+    "RateLimiterPolicy",
     "RetryMode",
     "Run",
     "RunContext",
@@ -31,6 +36,9 @@ __all__ = [
     "StreamWindow",
     "Table",
     "TaskSpec",
+    "WaitingCall",
+    "WindowPolicy",
+    "WindowedRateLimiter",
     "__version__",
     "configure_branches",
     "seconds",
@@ -699,6 +707,329 @@ class MemoryStore:
     def __iter__(self) -> Iterator[Any]: ...
 
 @final
+class RateLimiterPolicy:
+    """How a token bucket is filled: it gains `tokens` in every `period`, evenly, up to its capacity.
+
+    It starts full, with ``capacity = max_tokens + burst``. In any time ``w`` it grants at most
+    ``capacity + tokens * w / period``. Equal policies compare equal.
+
+    Args:
+        tokens: How many come back in each period, 1 to 1,000,000,000.
+        period: Seconds, above 0, up to ten years.
+        max_tokens: How many it holds, 1 to 1,000,000,000; None is as many as `tokens`.
+        burst: How many more it holds, 0 to 1,000,000,000.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> policy = RateLimiterPolicy.per_second(10, max_tokens=2, burst=5)  # 7 at once, then one every 0.1 s
+        >>> policy.capacity
+        7
+    """
+
+    def __new__(
+        cls, tokens: int, period: Seconds, *, max_tokens: int | None = None, burst: int = 0
+    ) -> RateLimiterPolicy: ...
+    @staticmethod
+    def per_second(tokens: int, *, max_tokens: int | None = None, burst: int = 0) -> RateLimiterPolicy:
+        """So many tokens in every second."""
+
+    @staticmethod
+    def per_minute(tokens: int, *, max_tokens: int | None = None, burst: int = 0) -> RateLimiterPolicy:
+        """So many tokens in every minute, evenly."""
+
+    @staticmethod
+    def per_hour(tokens: int, *, max_tokens: int | None = None, burst: int = 0) -> RateLimiterPolicy:
+        """So many tokens in every hour, evenly."""
+
+    @property
+    def tokens(self) -> int:
+        """How many come back in each period."""
+
+    @property
+    def period(self) -> float:
+        """The period in seconds."""
+
+    @property
+    def max_tokens(self) -> int:
+        """How many it holds, without the burst."""
+
+    @property
+    def burst(self) -> int:
+        """How many more it holds."""
+
+    @property
+    def capacity(self) -> int:
+        """How many it holds: ``max_tokens + burst``."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[int, float], dict[str, int]]: ...
+
+@final
+class WindowPolicy:
+    """How much fits into a fixed window: `limit` in every `seconds`.
+
+    The windows lie end to end from the first grant on; nothing that only looks moves them. At the seam of two windows up to
+    twice the limit may be granted in a short time. Equal policies compare equal.
+
+    Args:
+        limit: How much is granted in each window, 1 to 1,000,000,000.
+        seconds: The width of a window, above 0, up to ten years.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> WindowPolicy.per_day(1_000).seconds
+        86400.0
+    """
+
+    def __new__(cls, limit: int, seconds: Seconds) -> WindowPolicy: ...
+    @staticmethod
+    def per_second(limit: int) -> WindowPolicy:
+        """So much in every second."""
+
+    @staticmethod
+    def per_minute(limit: int) -> WindowPolicy:
+        """So much in every minute."""
+
+    @staticmethod
+    def per_hour(limit: int) -> WindowPolicy:
+        """So much in every hour."""
+
+    @staticmethod
+    def per_day(limit: int) -> WindowPolicy:
+        """So much in every 24 hours."""
+
+    @property
+    def limit(self) -> int:
+        """How much is granted in each window."""
+
+    @property
+    def seconds(self) -> float:
+        """The width of a window in seconds."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __getnewargs__(self) -> tuple[int, float]: ...
+
+@final
+class LimiterSnapshot:
+    """A limiter as it was at one moment.
+
+    Attributes:
+        capacity: The most that is granted at once.
+        available: What was left, in whole tokens; those who wait had not taken theirs yet.
+        used: ``capacity - available``.
+        available_in: Seconds until something would be left; 0 if something was.
+        resets_in: Seconds until the window ends; None for a bucket, and before the first grant.
+        waiting: How many waited.
+    """
+
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def available(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def available_in(self) -> float: ...
+    @property
+    def resets_in(self) -> float | None: ...
+    @property
+    def waiting(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+
+@disjoint_base
+class Limiter:
+    @property
+    def name(self) -> str | None:
+        """What `RateLimitedError.tier` says, or None."""
+
+    def try_acquire(self, cost: int = 1) -> None:
+        """Take a cost now.
+
+        Nobody who waits is overtaken: while somebody does, only a cost of 0 is granted.
+
+        Args:
+            cost: What the call takes, 0 or more. 0 is always granted.
+
+        Raises:
+            RateLimitedError: It is not granted now, and nothing was taken; `retry_after` says how long it takes. Infinity is for
+                a cost above the capacity, which is never granted.
+            ConfigurationError: `cost` is negative or no int.
+        """
+
+    def acquire(self, cost: int = 1) -> Coroutine[Any, Any, None]:
+        """Take a cost as soon as it can be had and everybody who came before has been served.
+
+        Where it can be had at once nothing suspends.
+
+        Args:
+            cost: What the call takes, 0 or more. 0 is always granted.
+
+        Raises:
+            RateLimitedError: The cost is above the capacity, so that waiting would not help.
+            ConfigurationError: `cost` is negative or no int.
+
+        Cancellation:
+            Nothing was taken, and the next in line has its turn.
+        """
+
+    def time_until(self, cost: int = 1) -> float:
+        """Seconds until a cost can be had; infinity if it never can.
+
+        Exact while nobody waits, else the least that it takes to serve the others first.
+
+        Raises:
+            ConfigurationError: `cost` is negative or no int.
+        """
+
+    def snapshot(self) -> LimiterSnapshot:
+        """What is left, and how many wait; looking changes nothing."""
+
+    def _enter(self, cost: int) -> WaitingCall | None: ...
+
+@final
+class RateLimiter(Limiter):
+    """A token bucket, shared by everything that holds it: tasks, runs, event loops, threads.
+
+    Tokens come back evenly, so the calls that it holds up are spread evenly too. What cannot be granted at once is granted
+    in the order of the calls. It can be used by hand or be a resource of a workflow.
+
+    Args:
+        policy: How the bucket is filled.
+        name: What errors call it, 1 to 128 bytes; None for no name.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> limiter = RateLimiter(RateLimiterPolicy.per_second(10, max_tokens=1))
+        >>> limiter.try_acquire()
+        >>> limiter.try_acquire(2)
+        Traceback (most recent call last):
+        ...
+        cano.RateLimitedError: rate limited: a cost is granted up to 1, never one of 2
+        >>> asyncio.run(limiter.acquire())  # 0.1 s later
+    """
+
+    def __new__(cls, policy: RateLimiterPolicy, *, name: str | None = None) -> RateLimiter: ...
+    @property
+    def policy(self) -> RateLimiterPolicy:
+        """How the bucket is filled."""
+
+@final
+class WindowedRateLimiter(Limiter):
+    """So much in every fixed window, shared by everything that holds it: tasks, runs, event loops, threads.
+
+    For quotas that somebody else counts in windows; a `RateLimiter` spreads calls evenly. What cannot be granted at once is
+    granted in the order of the calls. It can be used by hand or be a resource of a workflow.
+
+    Args:
+        policy: How much fits into a window.
+        name: What errors call it, 1 to 128 bytes; None for no name.
+
+    Raises:
+        ConfigurationError: A value is out of range or of the wrong type.
+
+    Example:
+        >>> limiter = WindowedRateLimiter(WindowPolicy(1_000, seconds=60))
+        >>> limiter.try_acquire(600)
+        >>> limiter.snapshot().available
+        400
+    """
+
+    def __new__(cls, policy: WindowPolicy, *, name: str | None = None) -> WindowedRateLimiter: ...
+    @property
+    def policy(self) -> WindowPolicy:
+        """How much fits into a window."""
+
+@final
+class MultiRateLimiter:
+    """Several limiters at once: all of them grant a call, or none is charged.
+
+    Each tier is a limiter and what a call costs it. A limiter may be a tier of several of these, and be used alone, too.
+    Without tiers everything is granted.
+
+    Example:
+        >>> tokens = WindowedRateLimiter(WindowPolicy.per_day(1_000_000))
+        >>> model = MultiRateLimiter().with_tier("calls", RateLimiter(RateLimiterPolicy.per_second(5)))
+        >>> model.with_tier("tokens", tokens, cost=800).try_acquire()
+        >>> model.snapshot()["tokens"].used
+        800
+    """
+
+    def __new__(cls) -> MultiRateLimiter: ...
+    def with_tier(self, name: str, limiter: RateLimiter | WindowedRateLimiter, cost: int = 1) -> MultiRateLimiter:
+        """Add a tier; gives the same object. It counts for every call that comes later, those that wait stay as they are.
+
+        Args:
+            name: What errors call it, 1 to 128 bytes, different from that of every other tier.
+            limiter: Who has to grant the cost. Under two names it is charged for both.
+            cost: What a call takes of it, 0 or more; 0 never holds a call up.
+
+        Raises:
+            ConfigurationError: A value is out of range or of the wrong type, or the name is taken.
+        """
+
+    def try_acquire(self, tiers: Iterable[str] | None = None) -> None:
+        """Take the cost of every tier now.
+
+        Args:
+            tiers: The names of those that count for this call; None is all.
+
+        Raises:
+            RateLimitedError: Nothing was taken. `tier` is the first that can never grant its cost (`retry_after` is infinity),
+                or else the first that cannot now.
+            UnknownTierError: There is no tier of a name; nothing was taken.
+            ConfigurationError: `tiers` is no iterable of names.
+        """
+
+    def acquire(self, tiers: Iterable[str] | None = None) -> Coroutine[Any, Any, None]:
+        """Take the cost of every tier as soon as all can be had and everybody who came before in any of them has been served.
+
+        Where they can be had at once nothing suspends.
+
+        Args:
+            tiers: The names of those that count for this call; None is all.
+
+        Raises:
+            RateLimitedError: A cost is above the capacity of its limiter, so that waiting would not help.
+            UnknownTierError: There is no tier of a name; nothing was taken.
+            ConfigurationError: `tiers` is no iterable of names.
+
+        Cancellation:
+            Nothing was taken of any tier, and the next in each line has its turn.
+        """
+
+    def time_until(self, tiers: Iterable[str] | None = None) -> float:
+        """Seconds until the costs can be had; infinity if they never can.
+
+        Exact while nobody waits, else the least that it takes to serve the others first.
+
+        Raises:
+            UnknownTierError: There is no tier of a name.
+            ConfigurationError: `tiers` is no iterable of names.
+        """
+
+    def snapshot(self) -> dict[str, LimiterSnapshot]:
+        """The limiter of each tier, by name in the order of the tiers, all at the same moment."""
+
+    def _enter(self, tiers: Iterable[str] | None) -> WaitingCall | None: ...
+
+@final
+class WaitingCall:
+    def turn(self) -> Awaitable[None] | None: ...
+    def leave(self) -> None: ...
+    def told(self) -> None: ...
+
+@final
 class Policy:
     def __new__(
         cls,
@@ -708,6 +1039,7 @@ class Policy:
         never: tuple[type[Exception], ...],
         attempt_timeout: float | None,
         breaker: CircuitBreaker | None,
+        limiter: RateLimiter | WindowedRateLimiter | MultiRateLimiter | None,
     ) -> Policy: ...
     def pause(self, error: BaseException, failures: int) -> float | None: ...
 

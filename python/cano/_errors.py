@@ -4,6 +4,7 @@
 
     CanoError(Exception)
     ├── ConfigurationError (ValueError)
+    │   └── UnknownTierError (KeyError)
     ├── WorkflowError
     │   ├── InvalidTransitionError
     │   ├── UnknownStateError (LookupError)
@@ -17,6 +18,7 @@
     ├── RetryExhaustedError
     ├── AttemptTimeoutError (TimeoutError)
     ├── CircuitOpenError
+    ├── RateLimitedError
     ├── StoreError
     │   ├── KeyNotFoundError (KeyError)
     │   └── StoreTypeError (TypeError)
@@ -139,6 +141,10 @@ class ConfigurationError(CanoError, ValueError):
         if len(problems) == 1:
             return cls(f"{subject}: {problems[0]}", problems)
         return cls(f"{subject} has {len(problems)} problems:" + "".join(f"\n  - {p}" for p in problems), problems)
+
+
+class UnknownTierError(ConfigurationError, KeyError):
+    """A multi limiter has no tier of this name; nothing was taken."""
 
 
 class WorkflowError(CanoError):
@@ -294,6 +300,22 @@ class CircuitOpenError(CanoError):
     def __init__(self, message: str, breaker: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.breaker = breaker
+        self.retry_after = retry_after
+
+
+class RateLimitedError(CanoError):
+    """A rate limiter did not grant a call, and took nothing.
+
+    Attributes:
+        tier: Name of the first tier in the way, or the limiter's own name; None if it has none.
+        retry_after: Seconds until it may be granted, if nobody in front gives up: 0.001 or more; infinity if it never is.
+    """
+
+    category = "rate"
+
+    def __init__(self, message: str, tier: str | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.tier = tier
         self.retry_after = retry_after
 
 

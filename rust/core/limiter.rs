@@ -52,9 +52,9 @@ impl LimiterPolicy {
         Ok(Self::Bucket { tokens, period, capacity })
     }
 
-    /// Fixed windows; `limit` 1..=1,000,000,000, `width` above zero.
+    /// Fixed windows; `limit` 1..=1,000,000,000, `width` above zero (an error calls it `seconds`).
     pub fn window(limit: i64, width: Nanos) -> Result<Self, Error> {
-        Ok(Self::Window { limit: counted("limit", limit, 1)?, width: lasting("width", width)? })
+        Ok(Self::Window { limit: counted("limit", limit, 1)?, width: lasting("seconds", width)? })
     }
 }
 
@@ -192,6 +192,15 @@ pub fn acquire(now: Moment, limiters: &mut [&mut Limiter], charges: &[Charge]) -
         Err(Refusal { retry_after: Some(_), .. }) => Ok(Place::Waiting(join(limiters, charges))),
         Err(never @ Refusal { retry_after: None, .. }) => Err(never),
     }
+}
+
+/// How long until every charge fits; `None` if one never will.
+///
+/// Of each limiter it is what `Limiter::time_until` says of its whole sum.
+pub fn time_until(now: Moment, limiters: &[&mut Limiter], charges: &[Charge]) -> Option<Nanos> {
+    limiters.iter().enumerate().try_fold(Nanos::ZERO, |longest, (index, limiter)| {
+        Some(longest.max(limiter.time_until(now, sum(charges, index))?))
+    })
 }
 
 /// Asks whether it is the turn of a waiting call, and takes what it came for if it is.

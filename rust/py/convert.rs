@@ -2,11 +2,11 @@
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt};
+use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt, PyString};
 
 use crate::core::time::Nanos;
 
-use super::errors::{ConfigurationError, show};
+use super::errors::{ConfigurationError, check_text, show};
 
 fn refused(name: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {
     match (show(value), value.get_type().name()) {
@@ -31,6 +31,26 @@ pub(super) fn count(name: &str, value: &Bound<'_, PyAny>) -> PyResult<i64> {
         return Err(refused(name, "an int", value));
     }
     value.extract().map_err(|_| refused(name, "an int of at most 64 bits", value))
+}
+
+/// An int that is no bool, from 0; one beyond 64 bits is as high as the highest.
+pub(super) fn cost(value: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let is_bool = value.is_instance_of::<PyBool>();
+    match value.extract() {
+        Ok(cost) if !is_bool => Ok(cost),
+        _ if is_bool || !value.is_instance_of::<PyInt>() => Err(refused("cost", "an int", value)),
+        _ if value.gt(0)? => Ok(u64::MAX),
+        _ => Err(refused("cost", "at least 0", value)),
+    }
+}
+
+/// A printable text of 1 to `limit` bytes.
+pub(super) fn text(name: &str, value: &Bound<'_, PyAny>, limit: usize) -> PyResult<String> {
+    if !value.is_instance_of::<PyString>() {
+        return Err(refused(name, "a text", value));
+    }
+    check_text(name, value, limit)?;
+    value.extract()
 }
 
 /// A duration: seconds as a number, or a timedelta.

@@ -15,6 +15,7 @@ use super::asyncio::Asyncio;
 use super::breaker::PyBreaker;
 use super::convert::{count, duration, number};
 use super::errors::{NonRetryable, RetryAfter};
+use super::limiter::AnyLimiter;
 
 /// How often a failed attempt is repeated, and after which delay.
 #[pyclass(frozen, eq, module = "cano", name = "RetryMode")]
@@ -176,6 +177,7 @@ pub(super) struct Policy {
     never: Py<PyTuple>,
     pub(super) attempt_timeout: Option<f64>,
     pub(super) breaker: Option<Py<PyBreaker>>,
+    pub(super) limiter: Option<AnyLimiter>,
 }
 
 #[pymethods]
@@ -188,8 +190,10 @@ impl Policy {
         never: Py<PyTuple>,
         attempt_timeout: Option<f64>,
         breaker: Option<Py<PyBreaker>>,
-    ) -> Self {
-        Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout, breaker }
+        limiter: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let limiter = limiter.map(|limiter| AnyLimiter::of("rate_limiter", limiter)).transpose()?;
+        Ok(Self { retry: retry.get().0, retry_on, explicit, never, attempt_timeout, breaker, limiter })
     }
 
     /// Seconds to wait after this failure, the k-th in a row; None if it is to leave.
@@ -208,6 +212,9 @@ impl Policy {
         visit.call(&self.retry_on)?;
         visit.call(&self.explicit)?;
         visit.call(&self.breaker)?;
+        if let Some(limiter) = &self.limiter {
+            limiter.traverse(&visit)?;
+        }
         visit.call(&self.never)
     }
 }
@@ -406,6 +413,10 @@ impl TaskSpec {
 
     pub(super) fn attempt_timeout(&self) -> Option<f64> {
         self.policy.as_ref()?.get().attempt_timeout
+    }
+
+    pub(super) fn limiter(&self) -> Option<&AnyLimiter> {
+        self.policy.as_ref()?.get().limiter.as_ref()
     }
 
     #[inline]

@@ -42,6 +42,8 @@ pub(super) enum Work {
     /// An attempt at one step of a stepped task.
     Step,
     Backoff,
+    /// The wait for the rate limiter, before an attempt.
+    Admission,
     Factory,
 }
 
@@ -90,6 +92,8 @@ pub(super) struct Drive {
     /// What the last step left for the next one.
     pub(super) cursor: Option<Py<PyAny>>,
     pub(super) timer: Timer,
+    /// Whether the task's rate limiter has granted the next attempt.
+    is_admitted: bool,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
 }
@@ -106,6 +110,7 @@ impl Drive {
             handed: Handed::Nothing,
             cursor: None,
             timer: Timer::default(),
+            is_admitted: false,
             grant: None,
         }
     }
@@ -244,6 +249,10 @@ impl Drive {
             self.attempt = 0;
             return Err(self.failed(run, None, error));
         }
+        if let Some(wait) = self.admission(run, task)? {
+            self.fresh = true;
+            return self.work(run, Work::Admission, wait, Input::nothing(py));
+        }
         if let Some(breaker) = task.breaker() {
             self.pass(run, breaker)?;
         }
@@ -257,6 +266,20 @@ impl Drive {
             Ok(value) => self.returned_at_once(run, work, value),
             Err(error) => self.raised(run, work, error),
         }
+    }
+
+    /// The wait for the task's rate limiter, if there is one; nobody waits for what the breaker would refuse as it is.
+    fn admission<'py>(&mut self, run: &Bound<'py, Run>, task: &TaskSpec) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(limiter) = task.limiter().filter(|_| !mem::take(&mut self.is_admitted)) else {
+            return Ok(None);
+        };
+        if let Some(refusal) = task.breaker().and_then(|breaker| breaker.get().rejection()) {
+            return Err(self.failed(run, self.task(run), refusal));
+        }
+        if limiter.try_now() {
+            return Ok(None);
+        }
+        limiter.acquire(run.py()).map(Some)
     }
 
     /// Asks the task's circuit breaker for the next attempt; a refusal ends the state, whatever retries are left.
@@ -369,6 +392,10 @@ impl Drive {
         self.settle(run, Outcome::Success);
         match work {
             Work::Backoff => Ok(Flow::Go(Phase::Call)),
+            Work::Admission => {
+                self.is_admitted = true;
+                Ok(Flow::Go(Phase::Call))
+            }
             Work::Factory => self.made_branches(run, &value),
             Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
             Work::Attempt => self.route(run, &value),

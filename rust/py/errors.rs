@@ -18,11 +18,13 @@ mod python {
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
     pyo3::import_exception!(cano._errors, NonRetryable);
     pyo3::import_exception!(cano._errors, ResourceError);
+    pyo3::import_exception!(cano._errors, RateLimitedError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
     pyo3::import_exception!(cano._errors, StoreTypeError);
     pyo3::import_exception!(cano._errors, TaskExecutionError);
     pyo3::import_exception!(cano._errors, UnknownStateError);
+    pyo3::import_exception!(cano._errors, UnknownTierError);
     pyo3::import_exception!(cano._errors, WorkflowError);
     pyo3::import_exception!(cano._errors, WorkflowTimeoutError);
     pyo3::import_exception!(asyncio.exceptions, CancelledError);

@@ -28,6 +28,12 @@ mod bulkhead;
 
 mod on_error;
 
+mod limiter_policy;
+
+mod line;
+
+mod limiter;
+
 mod table;
 
 mod env;
@@ -76,6 +82,12 @@ mod _core {
     use super::env::RunContext;
     #[pymodule_export]
     use super::failure::ErrorContext;
+    #[pymodule_export]
+    use super::limiter::{PyMultiRateLimiter, PyRateLimiter, PyWindowedRateLimiter};
+    #[pymodule_export]
+    use super::limiter_policy::{LimiterSnapshot, PyRateLimiterPolicy, PyWindowPolicy};
+    #[pymodule_export]
+    use super::line::{PyLimiter, WaitingCall};
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]

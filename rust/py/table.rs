@@ -405,11 +405,15 @@ impl Table {
 }
 
 impl State {
-    /// The task, where no attempt timeout and no cursor has to be looked after.
+    /// The task, where no attempt timeout, no rate limiter and no cursor has to be looked after.
     #[inline]
     pub(super) fn untimed_task(&self) -> Option<&TaskSpec> {
         match &self.kind {
-            Kind::Task { task, .. } if task.get().attempt_timeout().is_none() && !task.get().has_steps => {
+            Kind::Task { task, .. }
+                if task.get().attempt_timeout().is_none()
+                    && task.get().limiter().is_none()
+                    && !task.get().has_steps =>
+            {
                 Some(task.get())
             }
             _ => None,

@@ -4,7 +4,7 @@ mod model;
 
 use crate::core::error::Error;
 use crate::core::limiter::{
-    Charge, Head, Limiter, LimiterPolicy, Place, Refusal, Ticket, Turn, acquire, admit, leave, try_acquire,
+    Charge, Head, Limiter, LimiterPolicy, Place, Refusal, Ticket, Turn, acquire, admit, leave, time_until, try_acquire,
 };
 use crate::core::time::{Moment, Nanos};
 
@@ -76,7 +76,7 @@ fn test_policies_out_of_range_are_refused() {
         assert_eq!(LimiterPolicy::bucket(1, second, 1, burst), budget("burst", burst, 0));
     }
     assert_eq!(LimiterPolicy::bucket(1, Nanos::ZERO, 1, 0), Err(Error::NoDuration { name: "period" }));
-    assert_eq!(LimiterPolicy::window(1, Nanos::ZERO), Err(Error::NoDuration { name: "width" }));
+    assert_eq!(LimiterPolicy::window(1, Nanos::ZERO), Err(Error::NoDuration { name: "seconds" }));
     assert!(LimiterPolicy::bucket(MOST, Nanos::MAX, MOST, MOST).is_ok());
     assert!(LimiterPolicy::window(MOST, Nanos::MAX).is_ok());
 }
@@ -378,6 +378,26 @@ fn test_a_limiter_under_two_tiers_grants_their_sum() {
     assert_eq!(admit(NOW, &mut [&mut limiter], ticket), Turn::Wait(seconds(1.0)));
     assert_eq!(admit(after(1.0), &mut [&mut limiter], ticket), Turn::Admitted(vec![]));
     assert_eq!(left(&limiter, after(1.0)), 0);
+}
+
+#[test]
+fn test_time_until_all_tiers_fit_is_that_of_the_slowest() {
+    // RL-012
+    let (mut a, mut b) = (bucket(1, 4, 0), window(3));
+    assert_eq!(time_until(NOW, &[], &[]), Some(Nanos::ZERO));
+    assert_eq!(take(&mut a, NOW, 4), Ok(()));
+    assert_eq!(take(&mut b, NOW, 1), Ok(()));
+
+    for (charges, wait) in [
+        (vec![charge(0, 0), charge(1, 0)], Some(0.0)),
+        (vec![charge(1, 2)], Some(0.0)),
+        (vec![charge(0, 2), charge(1, 3)], Some(2.0)),
+        (vec![charge(0, 2), charge(1, 1), charge(0, 1)], Some(3.0)),
+        (vec![charge(0, 2), charge(0, 3)], None),
+        (vec![charge(0, 1), charge(1, 4)], None),
+    ] {
+        assert_eq!(time_until(NOW, &[&mut a, &mut b], &charges), wait.map(seconds));
+    }
 }
 
 #[test]
