@@ -53,7 +53,7 @@ def limited(limiter: object, *, fails: int = 0, **options: object) -> tuple[Work
 @pytest.mark.parametrize(
     "limiter",
     [
-        lambda: bucket(),
+        bucket,
         lambda: WindowedRateLimiter(WindowPolicy(1, 1.0)),
         lambda: MultiRateLimiter().with_tier("a", bucket()).with_tier("b", bucket(5), 2),
     ],
