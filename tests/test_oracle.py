@@ -1,8 +1,9 @@
 """Random workflows leave the same trace in cano and in the plain-Python engine of benches/, and with both kinds of branches.
 
-A workflow is drawn as data: a chain of steps, each a task with its attempts, a split, or a fork into further chains. Both
-engines get the same tasks, which write down when they start and how they end, on a virtual clock. Compared are these
-entries, what every joined state got, and how the run ended: its exit state, or its exception with everything in it.
+A workflow is drawn as data: a chain of steps, each a task with its attempts, a split, or a fork into further chains, whose
+errors may lead elsewhere. Both engines get the same tasks, which write down when they start and how they end, on a virtual
+clock. Compared are these entries, what every joined state and every state that takes an error got, and how the run ended:
+its exit state, or its exception with everything in it.
 
 Ties in time are kept out, since which of two things comes first in one pass of the loop is no promise: each duration has a
 fraction of a millisecond that is its own, a prime number of microseconds, and a program in which two timers of the oracle
@@ -10,11 +11,12 @@ are still due at the same moment is not compared.
 """
 
 import asyncio
+import builtins
 import contextlib
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -41,6 +43,22 @@ class Other(Exception):
     """A failure that retry_on may leave out."""
 
 
+ERRORS = [
+    *(
+        "Oops",
+        "Other",
+        "TypeError",
+        "TimeoutError",
+        "LookupError",
+        "CanoError",
+        "WorkflowError",
+        "JoinError",
+    ),
+    *("InvalidTransitionError", "AttemptTimeoutError", "RetryExhaustedError", "TaskExecutionError", "NonRetryable"),
+]
+"""What on_error may name besides Exception."""
+
+
 # The data
 
 
@@ -63,6 +81,7 @@ class Step:
     visits: list[list[Attempt]]
     config: dict[str, Any] | None = None
     leads: str = "on"  # on, unknown, nonsense, exit
+    on_error: list[tuple[str, str]] = field(default_factory=list)  # the names of classes; on, exit, itself, handler
 
 
 @dataclass
@@ -82,6 +101,7 @@ class SplitStep:
     join: Join
     made: str = "before"  # before, on entry, after a sleep
     sleep: float = 0.0
+    on_error: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -161,15 +181,26 @@ class Drawer:
             "attempt_timeout": self.seconds() if self.rarely() else None,
         }
 
-    def step(self, *, is_branch: bool = False, waits: bool = False) -> Step:
+    def on_error(self, *targets: str) -> list[tuple[str, str]]:
+        if self.draw(st.booleans()):
+            return []
+        classes = self.draw(st.lists(st.sampled_from(ERRORS), max_size=3, unique=True))
+        if not classes or self.draw(st.booleans()):
+            classes.append("Exception")
+        return [(name, self.choice(*targets)) for name in classes]
+
+    def step(self, *, is_branch: bool = False, waits: bool = False, is_fork: bool = False) -> Step:
         attempts = st.integers(1, 3)
         visits = 1 if is_branch or not self.rarely() else 2
         leads = "on" if is_branch or not self.rarely() else self.choice("unknown", "nonsense", "exit")
+        # What fails again and again must not lead to itself.
+        ends = ("itself",) if leads == "on" and not is_fork else ()
         return Step(
             self.name("task"),
             [[self.attempt(waits=waits) for _ in range(self.draw(attempts))] for _ in range(visits)],
             self.config(),
             leads,
+            [] if is_branch else self.on_error("on", "exit", "handler", "handler", *ends),
         )
 
     def join(self, total: int) -> Join:
@@ -189,10 +220,11 @@ class Drawer:
     def split(self) -> SplitStep:
         branches = [self.step(is_branch=True, waits=True) for _ in range(self.draw(st.integers(1, 4)))]
         made = self.choice("before", "before", "on entry", "after a sleep")
-        return SplitStep(self.name("split"), branches, self.join(len(branches)), made, self.seconds(30))
+        on_error = self.on_error("on", "exit", "handler", "handler")
+        return SplitStep(self.name("split"), branches, self.join(len(branches)), made, self.seconds(30), on_error)
 
     def fork(self, depth: int) -> ForkStep:
-        step = self.step()
+        step = self.step(is_fork=True)
         chains = [self.chain(depth + 1) for _ in range(self.draw(st.integers(1, 3)))]
         return ForkStep(step, chains, self.join(len(chains)))
 
@@ -234,7 +266,7 @@ class Script:
         self.run = self.wait if waits else self.call
 
     def begin(self) -> Attempt:
-        visit = self.step.visits[self.done]
+        visit = self.step.visits[min(self.done, len(self.step.visits) - 1)]
         attempt = visit[self.attempts] if self.attempts < len(visit) else Attempt(sleep=visit[-1].sleep)
         self.attempts += 1
         self.machine.note(self.name, f"starts attempt {self.attempts} of visit {self.done + 1}")
@@ -335,6 +367,27 @@ class Machine:
         run.__annotations__["result"] = self.engine.SplitResult
         return type("Joined", (), {"name": name, "run": staticmethod(run)})()
 
+    def handler(self, name: str, following: str) -> Any:
+        """The task of a state that errors lead to, or that a split may lead to as well."""
+
+        def run(error: Exception | None) -> str:
+            self.note(name, str(error and self.described(error)))
+            return following
+
+        run.__annotations__["error"] = self.engine.Caught[Exception] | None
+        return type("Handler", (), {"name": name, "run": staticmethod(run)})()
+
+    def on_error(self, step: Step | SplitStep, following: str) -> Any:
+        """The keys of a step; a handler of its own is registered, if it has one."""
+        if not step.on_error:
+            return None
+        handler = f"{step.name} failed"
+        if any(target == "handler" for _, target in step.on_error):
+            self.workflow.register(handler, self.handler(handler, following))
+        states = {"on": following, "exit": "stop", "itself": step.name, "handler": handler}
+        known = {"Oops": Oops, "Other": Other} | vars(builtins)
+        return {known.get(name) or getattr(self.engine, name): states[target] for name, target in step.on_error}
+
     def chain(self, chain: Chain, following: str) -> str:
         """Registers the steps of a chain, last first, and gives the state it begins with."""
         for step in reversed(chain.steps):
@@ -344,18 +397,22 @@ class Machine:
     def registered(self, step: Step | SplitStep | ForkStep, following: str) -> str:
         if isinstance(step, Step):
             leads = {"on": following, "unknown": "nowhere", "nonsense": 42, "exit": "stop"}[step.leads]
-            self.workflow.register(step.name, Script(self, step, leads))
+            self.workflow.register(step.name, Script(self, step, leads), on_error=self.on_error(step, following))
             return step.name
         if isinstance(step, SplitStep):
             joined = f"{step.name} joined"
             self.workflow.register(joined, self.joined(joined, following))
-            self.workflow.register_split(step.name, self.branches(step), self.join(step.join, joined))
+            on_error = self.on_error(step, following)
+            self.workflow.register_split(
+                step.name, self.branches(step), self.join(step.join, joined), on_error=on_error
+            )
             return step.name
         joined = f"{step.step.name} joined"
         self.workflow.register(joined, self.joined(joined, following))
         states = [self.chain(chain, "stop" if chain.ends_in_exit else joined) for chain in step.chains]
         task = Script(self, step.step, self.engine.TaskResult.Split(states))
-        self.workflow.register(step.step.name, task, join=self.join(step.join, joined))
+        on_error = self.on_error(step.step, following)
+        self.workflow.register(step.step.name, task, join=self.join(step.join, joined), on_error=on_error)
         return step.step.name
 
     def branches(self, step: SplitStep) -> Any:
@@ -473,6 +530,7 @@ def test_same_trace_as_the_plain_engine(program: Program) -> None:
     moments.sort()
     assume(all(later - earlier > 1 for earlier, later in pairwise(moments)))
     event(ended.split(" at ")[0].split(",")[0])
+    event(f"{sum(name.endswith(' failed') for name, *_ in trace)} errors handled")
 
     ours, our_end, _ = observe(cano, program)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 S = TypeVar("S", bound=Hashable)
+E = TypeVar("E", bound=Exception)
 Seconds = float | timedelta
 
 _TEN_YEARS = 315_576_000.0
@@ -224,6 +225,43 @@ class TaskConfig:
             return isinstance(error, self.retry_on)
         named = self.retry_on if isinstance(self.retry_on, tuple) else (self.retry_on,)
         return any(isinstance(error, kind) and issubclass(kind, _MISTAKES) for kind in named)
+
+
+Caught = Annotated[E, "Caught"]
+
+_DEFINITION_ERRORS = (ConfigurationError, InvalidTransitionError, UnknownStateError)
+
+
+class OnError(Generic[S]):
+    """Which state follows which error: the most specific class decides.
+
+    Mistakes in the definition answer to our own classes alone; a `RetryExhaustedError` stands for the failure that is its
+    cause, unless it is named itself.
+    """
+
+    def __init__(self, given: Mapping[type[Exception] | tuple[type[Exception], ...], S]) -> None:
+        self.states: dict[type[Exception], S] = {}
+        for key, state in given.items():
+            for kind in key if isinstance(key, tuple) else (key,):
+                if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind in self.states:
+                    raise ConfigurationError(f"on_error takes subclasses of Exception, each once, got {kind!r}")
+                self.states[kind] = state
+
+    def find(self, error: Exception) -> tuple[Exception, S] | None:
+        """The exception that a key matches, which may be the cause, and the state it leads to."""
+        cause = error.__cause__
+        if not isinstance(error, RetryExhaustedError) or not isinstance(cause, Exception):
+            return self._match(error, type(error).__mro__)
+        named = [kind for kind in type(error).__mro__ if issubclass(kind, RetryExhaustedError)]
+        own = [kind for kind in type(error).__mro__ if issubclass(kind, CanoError)]
+        return self._match(error, named) or self._match(cause, type(cause).__mro__) or self._match(error, own)
+
+    def _match(self, error: Exception, kinds: Sequence[type]) -> tuple[Exception, S] | None:
+        is_mistake = isinstance(error, _DEFINITION_ERRORS) or type(error) is WorkflowError
+        for kind in kinds:
+            if kind in self.states and (not is_mistake or issubclass(kind, CanoError)):
+                return error, self.states[kind]
+        return None
 
 
 @dataclass(frozen=True, slots=True)

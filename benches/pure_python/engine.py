@@ -2,7 +2,7 @@
 
 A task without configuration and without arguments is *direct*: the loop calls it itself. Everything else (retries,
 limits, an argument, a split) is one async function, the entry's ``step``, made when the workflow is frozen. Where a
-split joins is never direct, so exactly one visit takes the result of the split.
+split joins is never direct, so exactly one visit takes the result of the split; nor is a state that an error leads to or from.
 
 A budget that is found spent between two awaits travels as `_BudgetSpent`, which no task and no retry catches by
 mistake, out of the branches of a split as well.
@@ -27,6 +27,7 @@ from .config import (
     ErrorContext,
     InvalidTransitionError,
     JoinConfig,
+    OnError,
     RetryExhaustedError,
     S,
     Seconds,
@@ -79,7 +80,7 @@ class _Budget:
 class _Run:
     """What one run, or one branch that is a run of states, keeps."""
 
-    __slots__ = ("branch", "budget", "entered", "host", "number", "path", "result")
+    __slots__ = ("branch", "budget", "entered", "handed", "host", "number", "path")
 
     def __init__(self, number: int, budget: _Budget | None) -> None:
         self.number = number
@@ -87,7 +88,7 @@ class _Run:
         self.path: deque[Hashable] = deque(maxlen=_PATH_KEPT)
         self.entered = 0
         self.branch: int | None = None
-        self.result: SplitResult | None = None
+        self.handed: SplitResult | Exception | None = None
         self.host: asyncio.Task[Any] | None = None
 
     def fork(self, branch: int) -> "_Run":
@@ -98,6 +99,10 @@ class _Run:
 
     def is_spent(self) -> bool:
         return self.budget is not None and self.budget.is_spent()
+
+    def was_told_to_stop(self, host: Any, cancelling: int) -> bool:
+        """Whether somebody else than the budget has cancelled the task since it had so many cancels."""
+        return bool(host.cancelling() - self.is_spent() > cancelling)
 
     def task(self, branch: int | None) -> Any:
         """The asyncio task that drives the run, or the branch; found once, since `asyncio.current_task` is slow."""
@@ -126,12 +131,12 @@ Step = Callable[[_Run, int | None], Awaitable[Any]]
 
 
 class _Task(NamedTuple):
-    """A task as it is called; ``wants`` is None for no argument, else whether that is the `SplitResult`."""
+    """A task as it is called; ``wants`` is None for no argument, else what the argument has to be (nothing: None)."""
 
     name: str
     call: Callable[..., Any]
     is_async: bool
-    wants: bool | None
+    wants: tuple[type, ...] | None
     config: TaskConfig
 
     @property
@@ -161,6 +166,8 @@ class _Entry:
     inner: "Table" = field(default_factory=dict)  # with join: the table of the branches, which end at the joined state
 
 
+_Source = _Task | list[_Task] | Callable[[], Any]
+_Keys = Mapping[type[Exception] | tuple[type[Exception], ...], S]
 Table = Mapping[Any, _Entry]
 _EXIT = _Entry(None, lambda: None, is_step=True)
 
@@ -169,20 +176,33 @@ class Workflow(Generic[S]):
     """A table of states and the tasks that lead from one to the next; frozen by its first run."""
 
     def __init__(self) -> None:
-        self._states: dict[S, tuple[_Task | list[_Task] | Callable[[], Any], JoinConfig[S] | None]] = {}
+        self._states: dict[S, tuple[_Source, JoinConfig[S] | None, OnError[S] | None]] = {}
         self._exits: set[S] = set()
         self._limit: float | None = None
         self._table: Table | None = None
 
     def register(
-        self, state: S, task: Any, *, config: TaskConfig | None = None, join: JoinConfig[S] | None = None
+        self,
+        state: S,
+        task: Any,
+        *,
+        config: TaskConfig | None = None,
+        join: JoinConfig[S] | None = None,
+        on_error: _Keys[S] | None = None,
     ) -> Self:
-        """Run the task in this state; with ``join`` it may return `TaskResult.Split`."""
-        return self._add(state, _read(task, config), join)
+        """Run the task in this state; with ``join`` it may return `TaskResult.Split`, with ``on_error`` it may fail."""
+        return self._add(state, _read(task, config), join, on_error)
 
-    def register_split(self, state: S, tasks: Iterable[Any] | Callable[[], Any], join: JoinConfig[S]) -> Self:
+    def register_split(
+        self,
+        state: S,
+        tasks: Iterable[Any] | Callable[[], Any],
+        join: JoinConfig[S],
+        *,
+        on_error: _Keys[S] | None = None,
+    ) -> Self:
         """Run the tasks side by side; a callable, sync or async, gives them when the state is entered."""
-        return self._add(state, tasks if callable(tasks) else [_read(task) for task in tasks], join)
+        return self._add(state, tasks if callable(tasks) else [_read(task) for task in tasks], join, on_error)
 
     def add_exit_state(self, state: S) -> Self:
         """End a run that reaches this state."""
@@ -231,11 +251,11 @@ class Workflow(Generic[S]):
         text = f"the run took {elapsed:.3f} s of its budget of {limit} s"
         raise run.note(WorkflowTimeoutError(text, elapsed, limit), None, attempt=0)
 
-    def _add(self, state: S, source: _Task | list[_Task] | Callable[[], Any], join: JoinConfig[S] | None) -> Self:
+    def _add(self, state: S, source: _Source, join: JoinConfig[S] | None, on_error: _Keys[S] | None) -> Self:
         self._require_open()
         if state in self._states:
             raise ConfigurationError(f"state {state!r} is registered twice")
-        self._states[state] = (source, join)
+        self._states[state] = (source, join, None if on_error is None else OnError(on_error))
         return self
 
     def _require_open(self) -> None:
@@ -247,15 +267,18 @@ class Workflow(Generic[S]):
         problems = self._problems()
         if problems:
             raise ConfigurationError("workflow: " + "; ".join(problems), problems)
-        joined = {join.next_state for _, join in self._states.values() if join is not None}
+        handed = {join.next_state for _, join, _ in self._states.values() if join is not None}
+        handed.update(*(on_error.states.values() for _, _, on_error in self._states.values() if on_error is not None))
         table: dict[Any, _Entry] = {}
-        for state, (source, join) in self._states.items():
+        for state, (source, join, on_error) in self._states.items():
             if not isinstance(source, _Task):
                 table[state] = _Entry(None, _split_step(source, cast("JoinConfig[S]", join)), is_step=True)
-            elif source.is_direct and state not in joined:
+            elif source.is_direct and state not in handed and on_error is None:
                 table[state] = _Entry(source.name, source.call, source.is_async, join=join)
             else:
                 table[state] = _Entry(source.name, _task_step(source), is_step=True, join=join)
+            if on_error is not None:
+                table[state].call = _routed_step(table, table[state], on_error)
         table.update(dict.fromkeys(self._exits, _EXIT))
         for entry in table.values():
             if entry.join is not None:
@@ -267,7 +290,13 @@ class Workflow(Generic[S]):
         problems = [] if self._states else ["no state is registered"]
         if not self._exits:
             problems.append("there is no exit state")
-        for state, (source, join) in self._states.items():
+        for state, (source, join, on_error) in self._states.items():
+            targets = () if on_error is None else on_error.states.values()
+            problems += [
+                f"on_error of {state!r} leads to {target!r}, neither registered nor an exit state"
+                for target in targets
+                if target not in self._states and target not in self._exits
+            ]
             if join is None:
                 continue
             if join.next_state not in self._states and join.next_state not in self._exits:
@@ -332,7 +361,7 @@ async def _resolve(table: Table, run: _Run, entry: _Entry, value: Any) -> Any:
     for index, state in enumerate(value.states):
         _require_state(table, entry, state)
         branches.append(Branch(_label(state), partial(_drive, entry.inner, run.fork(index), state), is_async=True))
-    run.result = await _join(branches, entry.join, run)
+    run.handed = await _join(branches, entry.join, run)
     return entry.join.next_state
 
 
@@ -365,8 +394,8 @@ def _task_step(task: _Task) -> Step:
         attempt_once = _limited(attempt_once, name, cast("float", config.attempt_timeout))
 
     async def step(run: _Run, branch: int | None) -> Any:
-        arguments = () if wants is None else (run.result if wants else None,)
-        run.result = None
+        arguments = () if wants is None else (run.handed if isinstance(run.handed, wants) else None,)
+        run.handed = None
         host = run.task(branch) if attempts > 1 else None
         attempt, cancelling = 1, 0
         while True:
@@ -378,7 +407,7 @@ def _task_step(task: _Task) -> Step:
                 return await attempt_once(*arguments)
             except Exception as error:
                 # An attempt that was told to stop is the last one, whatever it made of the cancellation.
-                was_cancelled = host is not None and host.cancelling() > cancelling and not run.is_spent()
+                was_cancelled = host is not None and run.was_told_to_stop(host, cancelling)
                 is_retryable = config.is_retryable(error) and not was_cancelled
                 if not is_retryable or attempt == attempts:
                     run.note(error, name, branch, attempt, attempts)
@@ -429,7 +458,7 @@ def _split_step(tasks: list[_Task] | Callable[[], Any], join: JoinConfig[Any]) -
     async def step(run: _Run, _branch: int | None) -> Any:
         if run.is_spent():
             raise _BudgetSpent
-        run.result, plan = None, known
+        run.handed, plan = None, known
         if callable(tasks):
             given = tasks()
             plan = _plan([_read(task) for task in (await given if isinstance(given, Awaitable) else given)])
@@ -437,10 +466,33 @@ def _split_step(tasks: list[_Task] | Callable[[], Any], join: JoinConfig[Any]) -
             item if isinstance(item, Branch) else Branch(item.name, partial(item.step, run, index), is_async=True)
             for index, item in enumerate(plan or ())
         ]
-        run.result = await _join(branches, join, run)
+        run.handed = await _join(branches, join, run)
         return join.next_state
 
     return step
+
+
+def _routed_step(table: Table, entry: _Entry, on_error: OnError[Any]) -> Step:
+    """Run the step; go to the state that its error leads to, unless the run was told to stop meanwhile."""
+    step = entry.call
+
+    async def routed(run: _Run, branch: int | None) -> Any:
+        host = run.task(branch)
+        cancelling = host.cancelling()
+        try:
+            value = await step(run, branch)
+            return value if _is_key(table, value) else await _resolve(table, run, entry, value)
+        except Exception as error:
+            run.note(error, entry.name)
+            found = None if run.was_told_to_stop(host, cancelling) else on_error.find(error)
+            if found is None:
+                raise
+            run.handed, state = found
+            return state
+        finally:
+            found = None  # the traceback of the error holds this frame
+
+    return routed
 
 
 def _plan(tasks: Iterable[_Task]) -> list[Branch | _Stepped]:
@@ -483,5 +535,7 @@ def _read(task: Any, config: TaskConfig | None = None) -> _Task:
         annotation = parameters[0].annotation if parameters else None
     if required > 1:
         raise ConfigurationError(f"task {name} has {required} parameters, it may have one")
-    wants_result = annotation is not None and "SplitResult" in str(annotation)
-    return _Task(name, call, is_async, wants_result if required or wants_result else None, config)
+    wants = tuple(
+        kind for word, kind in (("SplitResult", SplitResult), ("Caught", Exception)) if word in str(annotation)
+    )
+    return _Task(name, call, is_async, wants if required or wants else None, config)

@@ -33,15 +33,13 @@ entered in another way. To a type checker it is the class itself.
 """
 
 
-def keys_of(state: Hashable, on_error: OnError[S] | None) -> Keys[S]:
+def keys_of(state: Hashable, on_error: OnError[S]) -> Keys[S]:
     """The classes of `on_error` one by one, each with its state.
 
     Raises:
         ConfigurationError: It is no mapping, empty, or a key is something else than a subclass of Exception or a tuple of
             them, or names a class again.
     """
-    if on_error is None:
-        return ()
     what = f"on_error of state {label(state)}"
     if not isinstance(on_error, Mapping):
         raise ConfigurationError(f"{what} must be a mapping from exception classes to states, got {show(on_error)}")

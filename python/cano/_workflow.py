@@ -266,9 +266,11 @@ class Workflow(Generic[S]):
                 f"state {label(state)} of workflow {self._name} already has {_described(self._states[state][0])}, "
                 f"it cannot have {_described(work)} as well"
             )
-        keys = keys_of(state, on_error)
-        for _, target in keys:
-            _check_state(target)
+        keys: Keys[S] = ()
+        if on_error is not None:
+            keys = keys_of(state, on_error)
+            for _, target in keys:
+                _check_state(target)
         self._states[state] = (work, join, keys)
         return self
 
@@ -360,8 +362,8 @@ class Workflow(Generic[S]):
         if self._table is None:
             exits = self._exits
             entries: list[tuple[Any, str, _Work | None, JoinConfig[S] | None, Keys[S]]] = [
-                (state, _label(state), None, None, ()) if state in exits else (state, _label(state), *registered)
-                for state, registered in self._states.items()
+                (state, _label(state), None, None, ()) if state in exits else (state, _label(state), work, join, keys)
+                for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
             self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS)

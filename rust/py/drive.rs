@@ -212,7 +212,7 @@ impl Drive {
             }
             match table.by_identity(&value) {
                 Some(next) if entry.may_lead_to(next) => {
-                    self.handed = Handed::Nothing;
+                    self.handed.forget();
                     state = next;
                 }
                 _ => return self.route(run, &value),

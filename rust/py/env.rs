@@ -183,6 +183,16 @@ pub(super) enum Handed {
     Caught(Py<PyBaseException>),
 }
 
+impl Handed {
+    /// The visit is over.
+    #[inline]
+    pub(super) fn forget(&mut self) {
+        if !matches!(self, Handed::Nothing) {
+            *self = Handed::Nothing;
+        }
+    }
+}
+
 /// Where a task is: its run, state, attempt, visit and branch.
 #[pyclass(frozen, module = "cano")]
 pub(super) struct RunContext {

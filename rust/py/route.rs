@@ -34,7 +34,7 @@ impl Drive {
         if !table.states[self.state].may_lead_to(next) {
             return Err(self.undeclared(run, table, next));
         }
-        self.handed = Handed::Nothing;
+        self.handed.forget();
         Ok(Flow::Go(Phase::Enter(next)))
     }
 

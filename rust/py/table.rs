@@ -158,7 +158,7 @@ struct Entry<'py>(
     Bound<'py, PyString>,      // its label
     Bound<'py, PyAny>,         // TaskSpec, tuple of TaskSpec, or None for an exit
     Option<Bound<'py, PyAny>>, // JoinConfig
-    Vec<Key<'py>>,             // on_error
+    Bound<'py, PyTuple>,       // on_error, as `Key`s
 );
 
 /// A class of errors, and the state that it leads to.
@@ -229,10 +229,11 @@ impl Checked<'_> {
         Ok(Some((indices.into_boxed_slice(), targets)))
     }
 
-    fn on_error(&mut self, keys: Vec<Key<'_>>) -> PyResult<(OnError, Vec<Target>)> {
+    fn on_error(&mut self, keys: &Bound<'_, PyTuple>) -> PyResult<(OnError, Vec<Target>)> {
         let mut found = Vec::new();
         let mut targets = Vec::new();
-        for (class, state) in keys {
+        for key in keys {
+            let (class, state): Key<'_> = key.extract()?;
             let target = self.target(&state)?;
             if let Target::State(index) = target {
                 found.push((class.unbind(), index));
@@ -284,7 +285,7 @@ impl Checked<'_> {
             let lost = join.is_some() && join_spec.is_none();
             (!lost).then(|| Kind::Task { task: task.clone().unbind(), fork: join_spec })
         };
-        let (on_error, error_targets) = self.on_error(on_error)?;
+        let (on_error, error_targets) = self.on_error(&on_error)?;
         let node = Node { label: name, exit: work.is_none(), next, on_error: error_targets };
         let state = kind.map(|kind| State { key: key.unbind(), label: label.unbind(), kind, declared, on_error });
         Ok((state, node))
