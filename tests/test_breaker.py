@@ -549,7 +549,7 @@ def test_async_callback_is_refused():
     async def on_change(breaker, old, new):
         pass
 
-    with pytest.raises(ConfigurationError, match="on_change must be a function of .* that is not async"):
+    with pytest.raises(ConfigurationError, match=r"on_change must be a function of .* that is not async"):
         CircuitBreaker(on_change=on_change)
 
 
@@ -1044,8 +1044,7 @@ def test_text_of_a_breaker(clock):
     assert texts == [
         "<CircuitBreaker payments is closed>",
         "<CircuitBreaker payments is open; it lets a call through again in 12.300 s>",
-        "<CircuitBreaker payments is half-open, with all its probes in flight; "
-        "it lets a call through in at most 60.000 s>",
+        "<CircuitBreaker payments is half-open, with all its probes in flight; it lets a call through in at most 60.000 s>",
         "<CircuitBreaker payments is half-open; it lets the next call through>",
     ]
 
