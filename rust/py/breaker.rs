@@ -118,7 +118,7 @@ impl PyBreaker {
     /// " payments is open; ..."
     fn describe(&self, snapshot: &Snapshot) -> String {
         let name = self.name.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
-        let how = match (snapshot.state, snapshot.retry_after.map(Nanos::as_seconds)) {
+        let how = match (snapshot.state, snapshot.retry_after.map(|wait| wait.as_seconds().max(0.001))) {
             (State::Closed, _) => "closed".to_owned(),
             (State::Open, _) if snapshot.is_forced => "forced open; only reset() closes it".to_owned(),
             (State::Open, Some(wait)) => format!("open; it lets a call through again in {wait:.3} s"),
