@@ -1101,11 +1101,11 @@ POLICIES = st.one_of(
     st.builds(
         RateLimiterPolicy,
         st.integers(1, 4),
-        st.sampled_from([0.001, 0.01, 0.3]),
+        st.sampled_from([0.01, 0.3, 1]),
         max_tokens=st.integers(1, 5),
         burst=st.integers(0, 2),
     ),
-    st.builds(WindowPolicy, st.integers(1, 6), st.sampled_from([0.003, 0.1])),
+    st.builds(WindowPolicy, st.integers(1, 6), st.sampled_from([0.1, 0.7])),
 )
 TIERS = [(0, 1), (1, 2), (2, 1), (1, 1), (0, 3)]
 """The tiers "0" to "4": their limiter and cost; two limiters have two."""
@@ -1170,8 +1170,10 @@ class LimitersAgainstModel(RuleBasedStateMachine):
     @rule(call=CALLS)
     def try_now(self, call):
         limiter, charge, charges = self.charged(call)
+        waits = [self.model.wait(index, self.model.owed(charges, index)) for index in range(3)]
 
         def act():
+            assert limiter.time_until(charge) * 1e9 == pytest.approx(max(waits), abs=0.5)
             try:
                 limiter.try_acquire(charge)
             except RateLimitedError as error:
@@ -1213,18 +1215,9 @@ class LimitersAgainstModel(RuleBasedStateMachine):
         self.play(act)
         assert self.tasks[waiting[0]].cancelled()
 
-    @rule(milliseconds=st.sampled_from([0.000_001, 0.5, 1, 3, 33.4, 100, 1_000]))
+    @rule(milliseconds=st.sampled_from([0.000_001, 1, 3.3, 33.4, 100, 300]))
     def pass_time(self, milliseconds):
         self.play(lambda: None, milliseconds / 1e3)
-
-    @rule(call=CALLS)
-    def look(self, call):
-        limiter, charge, charges = self.charged(call)
-        waits = [self.model.wait(index, self.model.owed(charges, index)) for index in range(3)]
-
-        found = self.play(lambda: limiter.time_until(charge))
-
-        assert found * 1e9 == pytest.approx(max(waits), abs=0.5)
 
     def compare(self):
         """The same were granted at the same moments, as many wait, and as much is left."""
