@@ -859,16 +859,18 @@ def test_hostile_values(parameter):
 # What the engine makes: errors (but for those that tasks raise), records, and handles.
 MADE_BY_THE_ENGINE = {
     "BranchOutcome",
+    "Caught",
     "CircuitSnapshot",
     "CircuitState",
     "ErrorContext",
+    "LimiterSnapshot",
     "Permit",
     "Run",
     "RunContext",
     "Seconds",
     "SplitResult",
+    "StreamProgress",
 }
-MADE_BY_THE_ENGINE = {"BranchOutcome", "ErrorContext", "LimiterSnapshot", "Run", "RunContext", "SplitResult", "Seconds"}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
 
 
