@@ -8,7 +8,8 @@ that runs beside the items.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Hashable, Iterable
+import sys
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from . import _core
 from ._config import Seconds, TaskConfig
 from ._core import RetryMode
 from ._errors import ConfigurationError, show
-from ._tasks import Task, name_of, read_signature
+from ._tasks import Task, name_of, read_signature, refuse_generator
 
 S = TypeVar("S", bound=Hashable)
 
@@ -72,25 +73,27 @@ class BatchTask(Task[S]):
     item_retry: RetryMode = RetryMode.none()
     item_timeout: Seconds | None = None
 
-    def _shim(self) -> tuple[Callable[..., Any], _core.Plan]:
+    def _shim(self, config: TaskConfig | None) -> tuple[Callable[..., Any], _core.Plan]:
         name = name_of(self)
-        concurrency = self.concurrency
-        if type(concurrency) is not int or concurrency < 1:
-            raise ConfigurationError(f"concurrency of {name} must be an int of at least 1, got {show(concurrency)}")
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ConfigurationError(
+                f"concurrency of {name} must be an int of at least 1, got {show(self.concurrency)}"
+            )
+        concurrency = min(self.concurrency, sys.maxsize)
         load, finish = self._method("load", ""), self._method("finish", "outcomes")
-        process = self._method("process_item", "item")
+        refuse_generator(finish, f"{name}.finish")
         reading, finishing = read_signature(load, f"{name}.load"), read_signature(finish, f"{name}.finish", given=1)
-        item = _core.TaskSpec(process, f"{name}.process_item", self._item_plan(process, name), self._item_policy())
+        item = self._item(f"{name}.process_item", config or TaskConfig())
         split_at = len(reading.sources)
 
         async def run_batch(run: _core.Run, *arguments: Any) -> Any:
             items = await _value(_call(load, arguments[:split_at], reading.keywords))
             if isinstance(items, AsyncIterable):
-                result = await run.each(None, partial(_feed, aiter(items), item.of), concurrency)
+                result = await run.each(item, None, partial(_feed, items), concurrency)
             elif isinstance(items, Iterable) and not isinstance(items, (str, bytes)):
-                result = await run.each(map(item.of, items), None, concurrency)
+                result = await run.each(item, iter(items), None, concurrency)
             else:
-                raise TypeError(f"{name}.load must return an iterable of items, got {show(items)}")
+                raise ConfigurationError(f"{name}.load must return an iterable of items, got {show(items)}")
             del items
             return await _value(_call(finish, (result._outcomes(), *arguments[split_at:]), finishing.keywords))
 
@@ -105,16 +108,19 @@ class BatchTask(Task[S]):
             )
         return found  # type: ignore[no-any-return]
 
-    def _item_plan(self, process: Callable[..., Any], name: str) -> _core.Plan:
-        signature = read_signature(process, f"{name}.process_item", given=1)
+    def _item(self, name: str, config: TaskConfig) -> _core.TaskSpec:
+        """What is done on each item."""
+        process = self._method("process_item", "item")
+        refuse_generator(process, name, "an item is processed to one value")
+        signature = read_signature(process, name, given=1)
         if any(kind.startswith("joined") for kind, _, _ in signature.sources):
-            raise ConfigurationError(f"{name}.process_item takes a SplitResult, which only load and finish can get")
-        return _core.Plan(signature.sources, signature.keywords, None, signature.is_coroutine_function)
-
-    def _item_policy(self) -> _core.Policy | None:
-        config = self.config or TaskConfig()
-        item = TaskConfig(retry=self.item_retry, retry_on=config.retry_on, attempt_timeout=self.item_timeout)
-        return item._policy
+            raise ConfigurationError(f"{name} takes a SplitResult, which only load and finish can get")
+        if not isinstance(self.item_retry, RetryMode):
+            raise ConfigurationError(f"item_retry of {name_of(self)} must be a RetryMode, got {show(self.item_retry)}")
+        limit = _core.seconds(f"item_timeout of {name_of(self)}", self.item_timeout)
+        policy = TaskConfig(retry=self.item_retry, retry_on=config.retry_on, attempt_timeout=limit)._policy
+        plan = _core.Plan(signature.sources, signature.keywords, None, signature.is_coroutine_function)
+        return _core.TaskSpec(process, name, plan, policy)
 
 
 def _call(method: Callable[..., Any], arguments: tuple[Any, ...], keywords: tuple[str, ...] | None) -> Any:
@@ -129,13 +135,14 @@ async def _value(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def _feed(items: AsyncIterator[Any], of: Callable[[Any], _core.TaskSpec], split: _core.Split) -> None:
+async def _feed(items: AsyncIterable[Any], split: _core.Split) -> None:
     """Push the items as they come; wait where the split has no room."""
+    iterator = aiter(items)
     try:
-        async for item in items:
-            if not split.push(of(item)):
-                await split.room()
+        async for item in iterator:
+            if (room := split.push(item)) is not None:
+                await room
     finally:
-        aclose: Callable[[], Coroutine[Any, Any, None]] | None = getattr(items, "aclose", None)
+        aclose: Callable[[], Awaitable[None]] | None = getattr(iterator, "aclose", None)
         if aclose is not None:
             await aclose()

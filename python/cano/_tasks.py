@@ -60,7 +60,7 @@ class Task(Generic[S]):
     name: str
     config: TaskConfig | None = None
 
-    def _shim(self) -> tuple[Callable[..., Any], _core.Plan] | None:
+    def _shim(self, config: TaskConfig | None) -> tuple[Callable[..., Any], _core.Plan] | None:  # noqa: ARG002 - theirs
         """What the driver runs around the methods of a processing model; None where it runs the task itself."""
         return None
 
@@ -142,15 +142,16 @@ def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core
         known = None
         plans = {}
     if known is None:
-        _refuse_generator(call, name)
+        refuse_generator(call, name)
         known = plans[function] = _read(call, name)
     return known
 
 
-def _refuse_generator(call: Callable[..., Any], name: str) -> None:
+def refuse_generator(call: Callable[..., Any], name: str, why: str = "a task returns its next state once") -> None:
+    """A function that yields, where one value is wanted, would never run."""
     inner = _innermost(call)
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
-        raise ConfigurationError(f"task {name} is a generator function; a task returns its next state once")
+        raise ConfigurationError(f"task {name} is a generator function; {why}")
 
 
 class Signature(NamedTuple):
@@ -311,12 +312,12 @@ def prepare(task: Any, config: TaskConfig | None = None) -> _core.TaskSpec:
     Raises:
         ConfigurationError: It is no task, or its signature asks for something that cannot be filled in.
     """
-    shim = task._shim() if isinstance(task, Task) else None
-    call = _callable(task) if shim is None else shim[0]
     if config is None:
         config = getattr(task, "config", None)
     if config is not None and not isinstance(config, TaskConfig):
         raise ConfigurationError(f"config of task {name_of(task)} must be a TaskConfig, got {show(config)}")
+    shim = task._shim(config) if isinstance(task, Task) else None
+    call = _callable(task) if shim is None else shim[0]
     name = name_of(task)
     policy = None if config is None else config._policy
     plan = _plan(call, name, makes_branches=False) if shim is None else shim[1]
