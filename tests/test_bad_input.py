@@ -15,6 +15,7 @@ import pytest
 
 import cano
 from cano import (
+    BatchTask,
     CanoError,
     CircuitBreaker,
     CircuitPolicy,
@@ -35,6 +36,7 @@ from cano import (
     ResourceTypeError,
     RetryAfter,
     RetryMode,
+    Task,
     TaskConfig,
     TaskExecutionError,
     TaskResult,
@@ -93,9 +95,39 @@ def orchestrated(**options):
     return testing.run(simple().orchestrate(**({"initial_state": S.START} | options)))
 
 
+class Batch(BatchTask):
+    name = "batch"
+
+    def load(self):
+        return []
+
+    def process_item(self, item):
+        return item
+
+    def finish(self, outcomes):
+        return S.DONE
+
+
+class Configured(Task):
+    def run(self):
+        return S.DONE
+
+
+def with_attribute(kind, name):
+    """A task of this kind with an attribute."""
+
+    def make(value):
+        task = kind()
+        setattr(task, name, value)
+        defined(simple(task))
+
+    return make
+
+
 # Durations
 
 SECONDS = {
+    "BatchTask": ("item_timeout of batch", with_attribute(Batch, "item_timeout")),
     "Workflow.with_timeout": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.orchestrate": ("timeout", lambda value: orchestrated(timeout=value)),
     "Workflow.start": ("timeout", lambda value: testing.run(started(timeout=value))),
@@ -241,6 +273,7 @@ def cases(*groups):
         ("slow_call_duration", lambda value: slow_calls(slow_call_duration=value), CANNOT_LAST),
         ("slow_call_rate", lambda value: slow_calls(slow_call_rate=value), [0, -0.1, 1.001, math.nan, True, "1"]),
         ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
+        ("concurrency", with_attribute(Batch, "concurrency"), [0, -1, *NOT_A_COUNT[:-2]]),
         ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
         # RL-010, WN-007
         ("tokens", RateLimiterPolicy.per_second, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
@@ -282,6 +315,7 @@ def test_number_out_of_range(name, call, value):
         pytest.param(lambda value: RateLimiterPolicy(1, value), 1e-9, id="the shortest period"),
         pytest.param(lambda value: WindowPolicy(1, value), 315_576_000, id="the longest window"),
         pytest.param(lambda value: tiers().with_tier("x", bucket(), value), 10**30, id="cost beyond any capacity"),
+        pytest.param(with_attribute(Batch, "concurrency"), 10**30, id="concurrency beyond any batch"),
     ],
 )
 def test_number_at_its_limit(call, value):
@@ -625,6 +659,13 @@ def decorated(state):
     return workflow
 
 
+def loading(value):
+    """A batch that loads a value."""
+    batch = Batch()
+    batch.load = lambda: value
+    testing.run(simple(batch).orchestrate(S.START))
+
+
 def returning_single(value):
     """Whatever a result takes, a task can return."""
     results = iter([TaskResult.Single(value), S.DONE])
@@ -692,6 +733,9 @@ WALK = {
         lambda value: slow_calls(half_open_max_calls=value),
     ),
     "CircuitPolicy.rate.probe_timeout": ("probe_timeout", lambda value: slow_calls(probe_timeout=value)),
+    "BatchTask.concurrency": ("concurrency", with_attribute(Batch, "concurrency")),
+    "BatchTask.item_retry": ("item_retry", with_attribute(Batch, "item_retry")),
+    "BatchTask.item_timeout": ("item_timeout", with_attribute(Batch, "item_timeout")),
     "FromResources.from_resources.resources": ("resources", Deps.from_resources),
     "HealthStatus.level": ("level", HealthStatus),
     "HealthStatus.reason": ("reason", lambda value: HealthStatus("degraded", value)),
@@ -763,6 +807,8 @@ WALK = {
     "RetryMode.fixed.retries": ("retries", lambda value: RetryMode.fixed(value, 0)),
     "RetryMode.fixed.delay": ("delay", lambda value: RetryMode.fixed(1, value)),
     "Run.cancel.reason": ("reason", cancelling),
+    "Task.config": ("config", with_attribute(Configured, "config")),
+    "Task.name": ("name", with_attribute(Configured, "name")),
     "TaskConfig.retry": ("retry", lambda value: TaskConfig(retry=value)),
     "TaskConfig.retry_on": ("retry_on", lambda value: TaskConfig(retry_on=value)),
     "TaskConfig.attempt_timeout": ("attempt_timeout", lambda value: TaskConfig(attempt_timeout=value)),
@@ -856,6 +902,14 @@ def test_hostile_values(parameter):
     assert {value: text for value, text in outcomes.items() if text not in ("works", "refused", "rude")} == {}
 
 
+def test_hostile_items():
+    """Whatever load returns, it works, or raises a CanoError that names the method; whatever an item is, it is processed."""
+    outcomes = {f"{n} {type(value).__name__}": outcome("load", loading, value) for n, value in enumerate(HOSTILE)}
+
+    assert {value: text for value, text in outcomes.items() if text not in ("works", "refused", "rude")} == {}
+    assert outcome("load", loading, HOSTILE) == "works"
+
+
 # What the engine makes: errors (but for those that tasks raise), records, and handles.
 MADE_BY_THE_ENGINE = {
     "BranchOutcome",
@@ -880,12 +934,14 @@ def parameters_of(function):
 
 
 def public_parameters():
-    """Every parameter of every public function, constructor and method: "Class.method.parameter"."""
+    """Every parameter of every public function, constructor and method, "Class.method.parameter"; and a task's attributes."""
     for name in set(cano.__all__) - {"__version__", "Seconds"}:
         public = getattr(cano, name)
         is_error = inspect.isclass(public) and issubclass(public, BaseException)
         if name not in MADE_BY_THE_ENGINE and (not is_error or name in RAISED_BY_TASKS):
             yield from (f"{name}.{parameter}" for parameter in parameters_of(public))
+        if inspect.isclass(public) and issubclass(public, Task):
+            yield from (f"{name}.{attribute}" for attribute in inspect.get_annotations(public))
         if inspect.isclass(public) and not is_error:
             methods = [
                 method for method in dir(public) if not method.startswith("_") and callable(getattr(public, method))

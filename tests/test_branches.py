@@ -1105,7 +1105,7 @@ class FutureLike:
         self.callbacks = [one for one in self.callbacks if one[0] != callback]
         return before - len(self.callbacks)
 
-    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - as of a future
+    def cancel(self, msg: object = None) -> bool:
         if error := self.options.get("cancel_raises"):
             raise error
         return False

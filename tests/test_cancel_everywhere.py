@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,8 @@ import anyio
 import pytest
 
 from cano import (
+    BatchTask,
+    BranchOutcome,
     JoinConfig,
     JoinError,
     JoinStrategy,
@@ -28,6 +30,7 @@ from cano import (
     Resource,
     Resources,
     RetryExhaustedError,
+    RetryMode,
     Task,
     TaskConfig,
     TaskResult,
@@ -500,6 +503,94 @@ def stubborn_branch(ledger: Ledger) -> Workflow[str]:
     return joined(ledger, stubborn, *branches(ledger, 1, 2))
 
 
+class Batch(BatchTask[str]):
+    """Items that work for so many seconds, or fail after one; they are read at once, or with some work before each."""
+
+    def __init__(self, ledger: Ledger, *items: float | Boom, reads: str = "at once", **attributes: Any) -> None:
+        self.ledger = ledger
+        self.items = items
+        self.reads = reads
+        vars(self).update(attributes)
+
+    def load(self) -> Any:
+        return self.read_slowly() if self.reads == "slowly" else self.read()
+
+    def read(self) -> Iterator[float | Boom]:
+        self.ledger.set_up("generator")
+        try:
+            yield from self.items
+            if self.reads == "badly":
+                raise Boom
+        finally:
+            self.closed()
+
+    async def read_slowly(self) -> AsyncIterator[float | Boom]:
+        self.ledger.set_up("generator")
+        try:
+            for item in self.items:
+                await self.ledger.work("reading", 0.75)
+                yield item
+        finally:
+            try:
+                await asyncio.sleep(0.5)
+            finally:
+                self.closed()
+
+    def closed(self) -> None:
+        self.ledger.live.remove("generator")
+
+    async def process_item(self, item: float | Boom) -> float:
+        await self.ledger.work("item", 1 if isinstance(item, Boom) else item)
+        if isinstance(item, Boom):
+            raise item
+        return item
+
+    async def finish(self, outcomes: list[BranchOutcome]) -> str:
+        await self.ledger.work("finish")
+        return "done"
+
+
+def batch_of(batch: Batch, **options: Any) -> Workflow[str]:
+    return Workflow[str](**options).register("batch", batch).add_exit_state("done")
+
+
+@shape("batch")
+def batch(ledger: Ledger) -> Workflow[str]:
+    return batch_of(Batch(ledger, 1, 2, 1, Boom(), 0, 1, concurrency=2))
+
+
+@shape("batch")
+def batch_read_slowly(ledger: Ledger) -> Workflow[str]:
+    return batch_of(Batch(ledger, 1, 3, 0, 1, 1, reads="slowly", concurrency=2))
+
+
+@shape("batch")
+def batch_with_retries(ledger: Ledger) -> Workflow[str]:
+    limits = {"item_retry": RetryMode.fixed(1, 0.5), "item_timeout": 1.25}
+    return batch_of(Batch(ledger, 1, Boom(), 9, 1, concurrency=2, **limits))
+
+
+@shape("batch", Boom)
+def batch_read_badly(ledger: Ledger) -> Workflow[str]:
+    return batch_of(Batch(ledger, 1, 2, 1, reads="badly", concurrency=2), resources={"p": Part(ledger, "p")})
+
+
+@shape("batch", RetryExhaustedError)
+def batch_retried_as_a_whole(ledger: Ledger) -> Workflow[str]:
+    return batch_of(Batch(ledger, 1, reads="badly", concurrency=2, config=TaskConfig().with_fixed_retry(1, 0.5)))
+
+
+@shape("batch", WorkflowTimeoutError)
+def run_timeout_in_batch(ledger: Ledger) -> Workflow[str]:
+    return batch_of(Batch(ledger, 1, 2, 9, 1, reads="slowly", concurrency=3)).with_timeout(3)
+
+
+@shape("split")
+def batches_in_split(ledger: Ledger) -> Workflow[str]:
+    slow, quick = (Batch(ledger, 1, 2, 1, reads=reads, concurrency=2) for reads in ("slowly", "at once"))
+    return joined(ledger, slow, quick, strategy=JoinStrategy.Any)
+
+
 NAMES = tuple(SHAPES)
 
 
@@ -543,8 +634,13 @@ def random_shape(seed: int, ledger: Ledger) -> Workflow[str]:
 
 CANCELS_BY_ITSELF = {
     "attempt_timeout",
+    "batch_read_badly",
+    "batch_retried_as_a_whole",
+    "batch_with_retries",
+    "batches_in_split",
     "run_timeout",
     "run_timeout_in_backoff",
+    "run_timeout_in_batch",
     "run_timeout_in_split",
     "split_all_failed_fast",
     "split_any",
@@ -810,6 +906,8 @@ def test_second_cancel_soon_after_every_step_leaves_nothing(name: str, how: type
     "name",
     [
         "awaitables",
+        "batch",
+        "batch_read_slowly",
         "managed",
         "resources",
         "resources_with_a_failing_set_up",
@@ -838,6 +936,7 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
         "chain",
         "loop",
         "retry_exhausted",
+        "batch_read_slowly",
         "split_all",
         "split_any_with_bulkhead",
         "split_in_split",

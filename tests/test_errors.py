@@ -285,7 +285,7 @@ class Refuses(Exception):
 class RefusesNotes(Exception):
     """Takes no note."""
 
-    def add_note(self, note):  # noqa: ARG002
+    def add_note(self, note):
         raise RuntimeError("no notes here")
 
 

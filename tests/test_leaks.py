@@ -17,6 +17,8 @@ from typing import Annotated, Any
 import pytest
 
 from cano import (
+    BatchTask,
+    BranchOutcome,
     InvalidTransitionError,
     JoinConfig,
     JoinError,
@@ -26,6 +28,7 @@ from cano import (
     Resource,
     Resources,
     RetryExhaustedError,
+    RetryMode,
     RunContext,
     SplitResult,
     Task,
@@ -84,6 +87,26 @@ def split(*branches: Any, strategy: JoinStrategy = JoinStrategy.All, **join: Any
     return Workflow[str]().register_split("only", branches, JoinConfig(strategy, "done", **join)).add_exit_state("done")
 
 
+class Batch(BatchTask[str]):
+    """A batch over what `items` makes; `work` is done on each."""
+
+    concurrency = 2
+
+    def __init__(self, items: Callable[[], Any], work: Callable[[Any], Any], **attributes: Any) -> None:
+        self.items = items
+        self.work = work
+        vars(self).update(attributes)
+
+    def load(self) -> Any:
+        return self.items()
+
+    async def process_item(self, item: Any) -> Any:
+        return await self.work(item)
+
+    def finish(self, outcomes: list[BranchOutcome]) -> str:
+        return "done"
+
+
 async def ended(awaitable: Any) -> Any:
     """The type of what leaves the awaitable; the exception itself is let go."""
     try:
@@ -118,6 +141,34 @@ async def waits_a_turn() -> str:
     return "done"
 
 
+async def waits(item: Any) -> Any:
+    await asyncio.sleep(0)
+    return item
+
+
+async def waits_and_fails(item: Any) -> None:
+    await asyncio.sleep(0)
+    raise Boom
+
+
+async def waits_forever(item: Any) -> None:
+    await forever()
+
+
+def three() -> Iterator[int]:
+    yield from range(3)
+
+
+async def three_later() -> AsyncIterator[int]:
+    for item in range(3):
+        yield item
+
+
+def two_and_a_failure() -> Iterator[int]:
+    yield from range(2)
+    raise Boom
+
+
 SHAPES: dict[str, tuple[Workflow[str], Callable[[Workflow[str]], Any], Any]] = {
     "success": (
         Workflow[str]().register("only", waits_a_turn).add_exit_state("done"),
@@ -148,6 +199,27 @@ SHAPES: dict[str, tuple[Workflow[str], Callable[[Workflow[str]], Any], Any]] = {
     ),
     "cancelled split": (
         split(forever, forever, bulkhead=1),
+        lambda workflow: cancelled(workflow.orchestrate("only")),
+        asyncio.CancelledError,
+    ),
+    "batch": (one(Batch(three, waits)), lambda workflow: ended(workflow.orchestrate("only")), "done"),
+    "batch of async items": (
+        one(Batch(three_later, waits)),
+        lambda workflow: ended(workflow.orchestrate("only")),
+        "done",
+    ),
+    "batch of failing items": (
+        one(Batch(lambda: [1], waits_and_fails, item_retry=RetryMode.fixed(1, 0), item_timeout=9)),
+        lambda workflow: ended(workflow.orchestrate("only")),
+        "done",
+    ),
+    "batch that cannot be read": (
+        one(Batch(two_and_a_failure, waits_forever, concurrency=3)),
+        lambda workflow: ended(workflow.orchestrate("only")),
+        Boom,
+    ),
+    "cancelled batch": (
+        one(Batch(three_later, waits_forever)),
         lambda workflow: cancelled(workflow.orchestrate("only")),
         asyncio.CancelledError,
     ),
@@ -446,6 +518,84 @@ async def cancelled_call_in_a_thread(watch: Watch) -> None:
     await watch.raises(asyncio.CancelledError, task)
 
 
+async def batch(watch: Watch) -> None:
+    """Items, values, errors, the generator, the task and its run; the items already before finish."""
+
+    class Finishes(Batch):
+        def finish(self, outcomes: list[BranchOutcome], ctx: RunContext) -> str:
+            assert [ref() for ref in items[1:]] == [None] * 5  # the traceback of the failing item has the first
+            assert len(outcomes) == 6
+            watch.new(outcomes[0].error)
+            return "done"
+
+    items: list[weakref.ref[Any]] = []
+
+    def thing() -> Thing:
+        made = Thing()
+        items.append(weakref.ref(made))
+        return watch.new(made)
+
+    def read() -> Iterator[Any]:
+        for _ in range(6):
+            yield thing()
+
+    async def work(item: Any) -> Any:
+        await asyncio.sleep(0)
+        if item is items[0]():
+            raise Boom(watch.new())
+        return watch.new()
+
+    await one(watch.new(Finishes(lambda: watch.new(read()), work))).orchestrate("only")
+
+
+async def batch_of_async_items(watch: Watch) -> None:
+    async def read() -> AsyncIterator[Any]:
+        for _ in range(6):
+            await asyncio.sleep(0)
+            yield watch.new()
+
+    limits = {"item_retry": RetryMode.fixed(1, 0), "item_timeout": 9}
+    await one(watch.new(Batch(lambda: watch.new(read()), waits, **limits))).orchestrate("only")
+
+
+async def batch_that_cannot_be_read(watch: Watch) -> None:
+    def read() -> Iterator[Any]:
+        yield watch.new()
+        yield watch.new()
+        raise watch.new(Boom(watch.new()))
+
+    await watch.raises(Boom, one(Batch(read, waits_forever, concurrency=3)).orchestrate("only"))
+
+
+async def batch_whose_items_all_fail(watch: Watch) -> None:
+    class Finishes(Batch):
+        def finish(self, outcomes: list[BranchOutcome]) -> str:
+            raise ExceptionGroup("all", [watch.new(outcome.error) for outcome in outcomes])
+
+    await watch.raises(ExceptionGroup, one(Finishes(three, waits_and_fails)).orchestrate("only"))
+
+
+async def cancelled_batch(watch: Watch) -> None:
+    async def read() -> AsyncIterator[Any]:
+        for _ in range(6):
+            yield watch.new()
+
+    for items in (read, lambda: (watch.new() for _ in range(6))):
+        task = asyncio.ensure_future(one(Batch(items, waits_forever)).orchestrate("only"))
+        await ticks(3)
+        task.cancel()
+        await watch.raises(asyncio.CancelledError, task)
+
+
+async def closed_batch(watch: Watch) -> None:
+    async def stops(item: Any) -> None:
+        await hands_out(item)
+
+    coroutine = one(Batch(lambda: (watch.new() for _ in range(6)), stops)).orchestrate("only")
+    coroutine.send(None)
+    coroutine.close()
+
+
 SCENARIOS: list[Scenario] = [
     result_and_resources,
     resources_with_a_life_cycle,
@@ -468,6 +618,12 @@ SCENARIOS: list[Scenario] = [
     cancelled_tear_down,
     failed_call_in_a_thread,
     cancelled_call_in_a_thread,
+    batch,
+    batch_of_async_items,
+    batch_that_cannot_be_read,
+    batch_whose_items_all_fail,
+    cancelled_batch,
+    closed_batch,
 ]
 
 

@@ -1137,7 +1137,7 @@ class LimitersAgainstModel(RuleBasedStateMachine):
             result = act()
             await asyncio.sleep(seconds)
             await asyncio.sleep(HAIR)  # for timers of the same nanosecond, to which a sum of floats may be a hair short
-            while self.loop._ready:
+            while self.loop._ready:  # noqa: ASYNC110 - there is no event for an idle loop
                 await asyncio.sleep(0)
             self.model.advance(self.moment())
             self.compare()

@@ -134,12 +134,12 @@ class Callable:
 
 
 class AsyncCallable:
-    async def __call__(self, ctx: RunContext):  # noqa: ARG002
+    async def __call__(self, ctx: RunContext):
         return S.DONE
 
 
 class OwnTask(Task[S]):
-    async def run(self, res: Resources):  # noqa: ARG002
+    async def run(self, res: Resources):
         return S.DONE
 
 
@@ -243,7 +243,7 @@ def test_run_wins_over_run_bare():
     """Where an object has both methods, `run` is called and `run_bare` never."""
 
     class Both:
-        def run(self, res):  # noqa: ARG002
+        def run(self, res):
             return S.DONE
 
         def run_bare(self):

@@ -8,7 +8,8 @@ that runs beside the items.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Hashable, Iterable
+import sys
+from collections.abc import AsyncIterable, Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -83,11 +84,10 @@ class Batch:
 
     def __init__(self, task: Any, name: str, config: TaskConfig) -> None:
         self.name = name
-        self.concurrency = getattr(task, "concurrency", 1)
-        if type(self.concurrency) is not int or self.concurrency < 1:
-            raise ConfigurationError(
-                f"concurrency of task {name} must be an int of at least 1, got {show(self.concurrency)}"
-            )
+        concurrency = getattr(task, "concurrency", 1)
+        if type(concurrency) is not int or concurrency < 1:
+            raise ConfigurationError(f"concurrency of {name} must be an int of at least 1, got {show(concurrency)}")
+        self.concurrency = min(concurrency, sys.maxsize)
         self.load, self.finish = Method.of(task, name, "load", _LOAD), Method.of(task, name, "finish", _FINISH)
         self.item = self._item(task, config)
 
@@ -100,8 +100,8 @@ class Batch:
             raise ConfigurationError(f"task {name} takes what led into the state, which only load and finish can get")
         retry = getattr(task, "item_retry", RetryMode.none())
         if not isinstance(retry, RetryMode):
-            raise ConfigurationError(f"item_retry of task {self.name} must be a RetryMode, got {show(retry)}")
-        limit = _core.seconds(f"item_timeout of task {self.name}", getattr(task, "item_timeout", None))
+            raise ConfigurationError(f"item_retry of {self.name} must be a RetryMode, got {show(retry)}")
+        limit = _core.seconds(f"item_timeout of {self.name}", getattr(task, "item_timeout", None))
         policy = TaskConfig(retry=retry, retry_on=config.retry_on, attempt_timeout=limit)._policy
         plan = _core.Plan(sources, keywords, None, inspect.iscoroutinefunction(process.call))
         return _core.TaskSpec(process.call, name, plan, policy)
@@ -116,22 +116,23 @@ class Batch:
         load, finish = self.load.bind(arguments), self.finish.bind(arguments)
         items = await outcome(load())
         if isinstance(items, AsyncIterable):
-            result = await run.each(None, partial(_feed, aiter(items), self.item.of), self.concurrency)
+            result = await run.each(self.item, None, partial(_feed, items), self.concurrency)
         elif isinstance(items, Iterable) and not isinstance(items, (str, bytes)):
-            result = await run.each(map(self.item.of, items), None, self.concurrency)
+            result = await run.each(self.item, iter(items), None, self.concurrency)
         else:
-            raise TypeError(f"load of task {self.name} must return an iterable of items, got {show(items)}")
+            raise ConfigurationError(f"{self.name}.load must return an iterable of items, got {show(items)}")
         del items
         return await outcome(finish(result._outcomes()))
 
 
-async def _feed(items: AsyncIterator[Any], of: Callable[[Any], _core.TaskSpec], split: _core.Split) -> None:
+async def _feed(items: AsyncIterable[Any], split: _core.Split) -> None:
     """Push the items as they come; wait where the split has no room."""
+    iterator = aiter(items)
     try:
-        async for item in items:
-            if not split.push(of(item)):
-                await split.room()
+        async for item in iterator:
+            if (room := split.push(item)) is not None:
+                await room
     finally:
-        aclose: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
+        aclose: Callable[[], Awaitable[None]] | None = getattr(iterator, "aclose", None)
         if aclose is not None:
             await aclose()

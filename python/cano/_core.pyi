@@ -1,4 +1,3 @@
-from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar, final, overload
@@ -860,8 +859,8 @@ class Limiter:
             cost: What the call takes, 0 or more. 0 is always granted.
 
         Raises:
-            RateLimitedError: It is not granted now, and nothing was taken; `retry_after` says how long it takes. Infinity is for
-                a cost above the capacity, which is never granted.
+            RateLimitedError: It is not granted now, and nothing was taken; `retry_after` says how long it takes. Infinity is
+                for a cost above the capacity, which is never granted.
             ConfigurationError: `cost` is negative or no int.
         """
 
@@ -1064,7 +1063,6 @@ class TaskSpec:
     def name(self) -> str: ...
     @property
     def plan(self) -> Plan: ...
-    def of(self, first: Any) -> TaskSpec: ...
     @property
     def model(self) -> str | None: ...
 
@@ -1099,8 +1097,8 @@ class Table:
 
 @final
 class Split:
-    def push(self, task: TaskSpec) -> bool: ...
-    def room(self) -> Future[None]: ...
+    def push(self, item: Any) -> Awaitable[None] | None: ...
+    def _more(self) -> None: ...
     def _time_out(self) -> None: ...
     def _deadline(self) -> None: ...
     def _turn(self) -> None: ...
@@ -1136,7 +1134,8 @@ class Run:
     def timed_out(self) -> BaseException: ...
     def each(
         self,
-        iterator: Iterator[TaskSpec] | None,
+        task: TaskSpec,
+        iterator: Iterator[Any] | None,
         feeder: Callable[[Split], Coroutine[Any, Any, None]] | None,
         concurrency: int,
         /,

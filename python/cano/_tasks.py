@@ -167,10 +167,11 @@ def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core
     return known
 
 
-def refuse_generator(call: Callable[..., Any], name: str) -> None:
+def refuse_generator(call: Callable[..., Any], name: str, why: str = "a task returns its next state once") -> None:
+    """A function that yields, where one value is wanted, would never run."""
     inner = innermost(call)
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
-        raise ConfigurationError(f"task {name} is a generator function; a task returns its next state once")
+        raise ConfigurationError(f"task {name} is a generator function; {why}")
 
 
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:

@@ -93,11 +93,20 @@ pub enum JoinVerdict {
     TimedOut,
 }
 
+/// What a join that has what it needs still waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    Nothing,
+    EveryBranch,
+    /// Every branch, and there may be more of them to come.
+    MoreBranches,
+}
+
 /// The books of one split: what its branches have done, and what that decides.
 ///
 /// Every strategy is three facts, settled in `new`: how many branches it needs (`need`), whether
 /// failures count (`counts_failures`), and whether it still waits for every branch once it has them
-/// (`is_patient`). With `reached` the ends that count and `open` the branches that have not ended,
+/// (it is patient). With `reached` the ends that count and `open` the branches that have not ended,
 /// the first line that holds is the verdict:
 ///
 /// | holds                                              | verdict   |
@@ -116,11 +125,10 @@ pub enum JoinVerdict {
 /// no more will. Then it proceeds with the last end, whatever the ends were.
 #[derive(Debug, Clone)]
 pub struct Join {
-    is_fed: bool,
     total: usize,
     need: usize,
     counts_failures: bool,
-    is_patient: bool,
+    patience: Patience,
     fail_fast: bool,
     succeeded: usize,
     failed: usize,
@@ -132,20 +140,19 @@ impl Join {
     /// Opens the books of a split; `fail_fast` fails it as soon as it can no longer succeed, not at
     /// the last end.
     pub fn new(strategy: JoinStrategy, total: usize, fail_fast: bool) -> Self {
-        let (need, counts_failures, is_patient) = match strategy {
-            JoinStrategy::All => (total, false, false),
-            JoinStrategy::Any => (1, false, false),
-            JoinStrategy::Quorum(n) => (n, false, false),
-            JoinStrategy::Percentage(p) => (share(p, total), false, false),
-            JoinStrategy::PartialResults(n) => (n, true, false),
-            JoinStrategy::PartialTimeout => (1, true, true),
+        let (need, counts_failures, patience) = match strategy {
+            JoinStrategy::All => (total, false, Patience::Nothing),
+            JoinStrategy::Any => (1, false, Patience::Nothing),
+            JoinStrategy::Quorum(n) => (n, false, Patience::Nothing),
+            JoinStrategy::Percentage(p) => (share(p, total), false, Patience::Nothing),
+            JoinStrategy::PartialResults(n) => (n, true, Patience::Nothing),
+            JoinStrategy::PartialTimeout => (1, true, Patience::EveryBranch),
         };
         let mut join = Self {
-            is_fed: false,
             total,
             need,
             counts_failures,
-            is_patient,
+            patience,
             fail_fast,
             succeeded: 0,
             failed: 0,
@@ -159,11 +166,10 @@ impl Join {
     /// Opens the books of a split that is fed with branches.
     pub fn fed() -> Self {
         Self {
-            is_fed: true,
             total: 0,
             need: 0,
             counts_failures: true,
-            is_patient: true,
+            patience: Patience::MoreBranches,
             fail_fast: false,
             succeeded: 0,
             failed: 0,
@@ -174,13 +180,13 @@ impl Join {
 
     /// One branch more, of a split that is fed.
     pub fn branch_added(&mut self) {
-        debug_assert!(self.is_fed, "only a split that is fed grows");
+        debug_assert!(self.patience == Patience::MoreBranches, "only a split that is fed grows");
         self.total += 1;
     }
 
     /// No more branches will come.
     pub fn fed_up(&mut self) -> JoinVerdict {
-        self.is_fed = false;
+        self.patience = Patience::EveryBranch;
         if self.verdict == JoinVerdict::Undecided {
             self.verdict = self.decide();
         }
@@ -241,12 +247,10 @@ impl Join {
     }
 
     fn decide(&self) -> JoinVerdict {
-        if self.is_fed {
-            return JoinVerdict::Undecided;
-        }
         let open = self.total - self.ended();
-        let is_met = self.reached() >= self.need && (open == 0 || !self.is_patient);
-        let is_lost = open == 0 || (self.fail_fast && self.reached() + open < self.need);
+        let is_complete = open == 0 && self.patience != Patience::MoreBranches;
+        let is_met = self.reached() >= self.need && (is_complete || self.patience == Patience::Nothing);
+        let is_lost = is_complete || (self.fail_fast && self.reached() + open < self.need);
         match (is_met, is_lost) {
             (true, _) => JoinVerdict::Proceed,
             (false, true) => JoinVerdict::Fail,

@@ -381,8 +381,16 @@ impl TaskSpec {
         self.model.as_ref().map(|model| model.clone_ref(py))
     }
 
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.call)?;
+        visit.call(&self.plan)?;
+        visit.call(&self.policy)
+    }
+}
+
+impl TaskSpec {
     /// The same with its first argument given.
-    fn of(&self, first: Py<PyAny>, py: Python<'_>) -> PyResult<Self> {
+    pub(super) fn of(&self, py: Python<'_>, first: Py<PyAny>) -> PyResult<Self> {
         static PARTIAL: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let partial = PARTIAL.import(py, "functools", "partial")?;
         Ok(Self {
@@ -395,14 +403,6 @@ impl TaskSpec {
         })
     }
 
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.call)?;
-        visit.call(&self.plan)?;
-        visit.call(&self.policy)
-    }
-}
-
-impl TaskSpec {
     pub(super) fn plan_ref(&self) -> &Plan {
         self.plan.get()
     }

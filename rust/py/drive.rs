@@ -26,7 +26,7 @@ use super::split::Split;
 use super::table::Kind;
 use super::timer::{Armed, Limit, Timer};
 
-/// Transitions without a suspension after which the loop gets a turn.
+/// Transitions without a suspension after which the loop gets a turn; and items of a batch.
 pub(super) const TURN: u32 = 1024;
 
 /// How far the run came.
@@ -72,8 +72,9 @@ pub(super) enum Program {
     Items(Option<Items>),
 }
 
-/// What feeds a split: an iterator of tasks, or a function that makes the feeder's coroutine for the split.
+/// What feeds a split: an iterator, or a function that makes the feeder's coroutine for the split; and what each item is for.
 pub(super) struct Items {
+    pub(super) task: Py<TaskSpec>,
     pub(super) iterator: Option<Py<PyAny>>,
     pub(super) feeder: Option<Py<PyAny>>,
     pub(super) concurrency: usize,
@@ -614,6 +615,7 @@ impl Drive {
         match &self.program {
             Program::Branch(task) => visit.call(task)?,
             Program::Items(Some(items)) => {
+                visit.call(&items.task)?;
                 visit.call(&items.iterator)?;
                 visit.call(&items.feeder)?;
             }

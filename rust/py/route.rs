@@ -238,7 +238,7 @@ impl Drive {
         let py = run.py();
         let Some(items) = items else { unreachable!("a run of items opens its split once") };
         self.fresh = true;
-        let feed = Some(Feed::new(items.iterator));
+        let feed = Some(Feed::new(py, items.task, items.iterator)?);
         let spec = JoinSpec::of_items(items.concurrency);
         let split = Split::new(run, self.state, Vec::new(), Join::fed(), &spec, feed)?;
         let feeder = items.feeder.map(|feeder| feeder.bind(py).call1((&split,))).transpose()?;

@@ -23,6 +23,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi, intern};
 
+use super::definition::TaskSpec;
 use super::drive::{Advance, Drive, Items};
 use super::env::{Budget, Env, Scope};
 use super::errors::{TaskExecutionError, thrown};
@@ -218,6 +219,10 @@ impl Run {
 
     fn put(&self, py: Python<'_>, drive: Box<Drive>) {
         self.drive.with(py, |cell| *cell = Some(drive));
+    }
+
+    pub(super) fn is_over(&self, py: Python<'_>) -> bool {
+        self.track.with(py, |track| track.over)
     }
 
     /// The whole-run timeout, if this run has a timer for it: what it is a part of has one, and cancels it.
@@ -426,10 +431,17 @@ impl Run {
         Ok(())
     }
 
-    /// Runs tasks as they come, so many at once, and gives their `SplitResult`.
-    #[pyo3(signature = (iterator, feeder, concurrency, /))]
-    fn each(&self, py: Python<'_>, iterator: Option<Py<PyAny>>, feeder: Option<Py<PyAny>>, concurrency: usize) -> Self {
-        self.part(py, Items { iterator, feeder, concurrency })
+    /// Does a task on items as they come, so many at once, and gives the `SplitResult`.
+    #[pyo3(signature = (task, iterator, feeder, concurrency, /))]
+    fn each(
+        &self,
+        py: Python<'_>,
+        task: Py<TaskSpec>,
+        iterator: Option<Py<PyAny>>,
+        feeder: Option<Py<PyAny>>,
+        concurrency: usize,
+    ) -> Self {
+        self.part(py, Items { task, iterator, feeder, concurrency })
     }
 
     #[getter]

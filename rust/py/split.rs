@@ -27,12 +27,13 @@ use crate::core::join::{Join, JoinVerdict, Outcome};
 use super::asyncio::{Asyncio, Clock, disarm};
 use super::branch;
 use super::bulkhead::Grant;
+use super::current::Seat;
 use super::definition::TaskSpec;
-use super::drive::Drive;
+use super::drive::{Drive, TURN};
 use super::env::{Env, Handed, RunContext, Scope, arguments};
 use super::errors::{CancelledError, from_panic};
 use super::failure::is_out_of_budget;
-use super::feed::{FEEDER, Feed};
+use super::feed::{FEEDER, Feed, cancelled_itself};
 use super::gates::Gates;
 use super::result::{End, Ended, Origin, SplitResult};
 use super::route::branch_name;
@@ -241,10 +242,7 @@ impl Split {
             let timer = clock.call_at(py, clock.now(py)? + seconds, slf.getattr(intern!(py, "_time_out"))?)?;
             this.state.with(py, |state| state.timer = Some(timer));
         }
-        let _seat = match this.mode {
-            Mode::Native => Some(branch::seat(this.event_loop(py))?),
-            Mode::Compatible { .. } => None,
-        };
+        let _seat = this.seat(py)?;
         if let Some(feeder) = feeder {
             this.state.with(py, |state| {
                 state.alive += 1;
@@ -256,6 +254,14 @@ impl Split {
         Ok(())
     }
 
+    /// The place of the current task, where branches are stepped in it.
+    pub(super) fn seat<'py, 'a>(&'a self, py: Python<'py>) -> PyResult<Option<Seat<'py, 'a>>> {
+        match self.mode {
+            Mode::Native => branch::seat(self.event_loop(py)).map(Some),
+            Mode::Compatible { .. } => Ok(None),
+        }
+    }
+
     /// Starts branches while the bulkhead has room and nothing is decided. `at_once`: inside the parent's own step.
     pub(super) fn start(slf: &Bound<'_, Self>, at_once: bool) {
         let (py, this) = (slf.py(), slf.get());
@@ -264,6 +270,7 @@ impl Split {
             return;
         }
         DEPTH.set(DEPTH.get() + 1);
+        let mut taken = 0;
         loop {
             let next = this.state.with(py, |state| {
                 if !state.has_room(this.bulkhead) || !state.has_more() {
@@ -278,7 +285,8 @@ impl Split {
                 Some((index, state.branches[index].start.take()))
             });
             let Some((index, start)) = next else {
-                if Self::take_from_feed(slf) {
+                if taken < TURN && Self::take_from_feed(slf) {
+                    taken += 1;
                     continue;
                 }
                 break;
@@ -299,6 +307,11 @@ impl Split {
         });
         if is_gated {
             Self::arm_hedging(slf);
+        }
+        if taken == TURN
+            && let Err(error) = Self::start_later(slf)
+        {
+            this.fed_up(py, Some(error));
         }
     }
 
@@ -459,7 +472,7 @@ impl Split {
     }
 
     /// An `Exception` is a failure of its branch, unless it is the end of this run's budget. That ends the whole run, as does a
-    /// `BaseException`, other than a cancel, which ends its branch alone (`Err(None)`).
+    /// `BaseException`, other than a cancel, which ends its branch alone (`Err(None)`); an item that cancels itself has failed.
     fn as_failure(&self, py: Python<'_>, error: Py<PyBaseException>) -> Result<Py<PyBaseException>, Option<PyErr>> {
         let raised = error.bind(py);
         if raised.is_instance_of::<PyException>() {
@@ -467,7 +480,7 @@ impl Split {
             return if is_fatal { Err(Some(PyErr::from_value(raised.clone().into_any()))) } else { Ok(error) };
         }
         if raised.is_instance_of::<CancelledError>() {
-            return Err(None);
+            return if self.is_fed(py) { Ok(cancelled_itself(raised)) } else { Err(None) };
         }
         match from_panic(py, PyErr::from_value(raised.clone().into_any())) {
             Ok(failure) => Ok(failure.into_value(py)),
@@ -519,14 +532,18 @@ impl Split {
 
     /// An exception was thrown into the parent: it is passed on as a cancel, and leaves the run at the end.
     ///
-    /// Of several cancels the newest leaves, with the one before as its context, as from any coroutine that is cancelled while
-    /// it cleans up; another exception is never replaced by a cancel.
+    /// The newest cancel leaves, with what came before as its context, as from any coroutine that is cancelled while it cleans
+    /// up; only another `BaseException` is never replaced by one.
     pub(super) fn interrupt(&self, py: Python<'_>, error: PyErr) -> PyResult<()> {
         let arguments = error.value(py).getattr(intern!(py, "args"))?;
         let message = arguments.get_item(0).ok();
         let before = self.state.with(py, |state| state.interrupted.take());
         let kept = match before {
-            Some(before) if !before.is_instance_of::<CancelledError>(py) => before,
+            Some(before)
+                if !before.is_instance_of::<CancelledError>(py) && !before.is_instance_of::<PyException>(py) =>
+            {
+                before
+            }
             Some(before) => {
                 error.set_context(py, Some(before));
                 error
@@ -557,6 +574,7 @@ impl Split {
             Self::schedule_queued(slf);
             return Ok(Poll::Waiting(waiter.into_any()));
         }
+        let unclosed = this.close_iterator(py).err();
         let (timers, interrupted, verdict, branches, left) = this.state.with(py, |state| {
             (
                 [state.timer.take(), state.deadline_timer.take()],
@@ -570,7 +588,7 @@ impl Split {
         for timer in timers {
             disarm(py, timer);
         }
-        if let Some(error) = interrupted {
+        if let Some(error) = interrupted.or(unclosed) {
             return Ok(Poll::Interrupted(error));
         }
         let ended = branches.into_iter().map(|branch| branch.ended).collect();
@@ -604,14 +622,14 @@ impl Split {
         let (py, this) = (slf.py(), slf.get());
         let timer = this.state.with(py, |state| state.timer.take());
         disarm(py, timer);
+        let mut closed = this.close_iterator(py);
         if !this.event_loop(py).call_method0(intern!(py, "is_closed"))?.is_truthy()? {
             this.interrupt(py, CancelledError::new_err(()))?;
             this.state.with(py, |state| state.is_abandoned = true);
             Self::schedule_queued(slf);
-            return Ok(());
+            return closed;
         }
         this.shut(py);
-        let mut closed = Ok(());
         if this.is_native() {
             for task in this.living(py) {
                 closed = closed.and(branch::close(task.bind(py)));
@@ -665,14 +683,14 @@ impl Split {
         Self::after_callback(slf, Ok(()))
     }
 
-    /// Gives the split one more branch; whether it can do with another at once.
-    fn push(slf: &Bound<'_, Self>, task: Py<TaskSpec>) -> PyResult<bool> {
-        Self::fed(slf, task)
+    /// Gives the split one more item; what has to be awaited before the next, or None.
+    fn push<'py>(slf: &Bound<'py, Self>, item: Py<PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        Self::fed(slf, item)
     }
 
-    /// A future that is done when the split can do with another branch.
-    fn room<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        Self::room_for_more(slf)
+    /// The event loop calls this when it had its turn.
+    fn _more(slf: &Bound<'_, Self>) -> PyResult<()> {
+        Self::more_came(slf)
     }
 
     /// The event loop's timer calls this for the attempts whose deadline is due.

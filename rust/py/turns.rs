@@ -17,10 +17,21 @@ impl Split {
     /// A branch wants to be called when an attempt's deadline is due: one timer serves all of them.
     ///
     /// Deadlines of equal limits come in order, so that each is added at the end; one that is over earlier than the last
-    /// finds its place from there. An attempt that ended in time leaves its entry, which then calls for nothing.
+    /// finds its place from there. An attempt that ended in time leaves its entry, which then calls for nothing; once most
+    /// are such, they are thrown out, so that they are no more than twice the branches alive however many there were.
     pub(super) fn arm(slf: &Bound<'_, Self>, due: f64, run: &Bound<'_, Run>) -> PyResult<()> {
-        let run = run.clone().unbind();
-        let is_first = slf.get().state.with(slf.py(), |state| {
+        let (py, run) = (slf.py(), run.clone().unbind());
+        let left = slf.get().state.with(py, |state| {
+            if state.deadlines.len() < 2 * state.alive + 64 {
+                return Vec::new();
+            }
+            let deadlines = std::mem::take(&mut state.deadlines);
+            let (over, alive) = deadlines.into_iter().partition::<Vec<_>, _>(|(_, run)| run.get().is_over(py));
+            state.deadlines = alive.into();
+            over
+        });
+        drop(left);
+        let is_first = slf.get().state.with(py, |state| {
             let at = match state.deadlines.back() {
                 Some((last, _)) if *last > due => state.deadlines.partition_point(|(other, _)| *other <= due),
                 _ => state.deadlines.len(),
