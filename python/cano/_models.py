@@ -99,7 +99,7 @@ class PollErrorPolicy:
 
         After the k-th error in a row it sleeps ``min(30, 0.1 * 2 ** (k - 1))`` seconds, spread by plus or minus a tenth:
         about 0.1, 0.2 and 0.4 s. What is worth a retry is what is in a task's attempts: not a TypeError and its like, nor
-        NonRetryable; RetryAfter sets the delay. Each error that is got over is logged as a warning of the logger "cano".
+        NonRetryable; RetryAfter sets the delay, to 30 s at most. Each error that is got over is logged as a warning of the logger "cano".
 
         Args:
             retries: 0 to 1,000,000; 0 is ``FailFast``.
