@@ -556,7 +556,7 @@ class Numbers:
 
     on_item_error = ItemErrorPolicy.Retry(1)
 
-    async def open(self, cursor: None) -> Any:
+    async def open(self, _cursor: None) -> Any:
         await self.ledger.work("open")
         return self.numbers()
 
@@ -580,7 +580,7 @@ class Numbers:
         await self.ledger.work("draining: flush")
         return Stop("done") if self.stop and 3 in outputs else Continue
 
-    async def on_close(self, reason: str) -> str:
+    async def on_close(self, _reason: str) -> str:
         if "source" in self.ledger.alive:
             self.ledger.violations.append("the source outlived on_close")
         await self.ledger.work("draining: close")

@@ -22,6 +22,8 @@ from cano import (
     Continue,
     InvalidTransitionError,
     ItemErrorPolicy,
+    JoinConfig,
+    JoinStrategy,
     NonRetryable,
     Res,
     Resource,
@@ -568,6 +570,31 @@ async def test_context_variables(window, seen):
     await run(Task([1], window=window))
 
     assert got == ["open", seen]
+
+
+@pytest.mark.parametrize("window", [Count(3), Duration(0.05)], ids=["count", "timed"])
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["left alone", "cancelled"])
+async def test_streams_inside_a_fork(window, is_cancelled):
+    """Streams may run in the branches' own states, each by itself; a cancel drains every one."""
+    items = [(0.01, number) for number in range(9)] + [(FOREVER, 9)] * is_cancelled
+    tasks = [Numbers(items, window=window) for _ in "ab"]
+    join = JoinConfig(JoinStrategy.All, S.DONE)
+    workflow = Workflow().register(S.START, lambda: TaskResult.Split(["a", "b"]), join=join).add_exit_state(S.DONE)
+    for state, task in zip("ab", tasks, strict=True):
+        workflow.register_stream(state, task)
+    run = workflow.start(S.START)
+
+    if is_cancelled:
+        await asyncio.sleep(0.5)
+        run.cancel()
+        with pytest.raises(WorkflowCancelledError):
+            await run
+    else:
+        await run
+
+    for task in tasks:
+        assert [number for outputs in task.windows for number in outputs] == list(range(9))
+        assert task.log[-1] == ("cancelled" if is_cancelled else "exhausted")
 
 
 # The end
