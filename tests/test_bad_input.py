@@ -15,31 +15,42 @@ import pytest
 
 import cano
 from cano import (
+    After,
     BatchTask,
     CanoError,
     CircuitBreaker,
     CircuitPolicy,
     ConfigurationError,
+    Continue,
+    Done,
     DuplicateResourceError,
     FromResources,
     HealthStatus,
+    ItemErrorPolicy,
     JoinConfig,
     JoinStrategy,
     MemoryStore,
+    More,
     MultiRateLimiter,
     NonRetryable,
+    Pending,
+    PollErrorPolicy,
     RateLimiter,
     RateLimiterPolicy,
+    Ready,
     Res,
     ResourceNotFoundError,
     Resources,
     ResourceTypeError,
     RetryAfter,
     RetryMode,
+    Stop,
+    StreamWindow,
     Task,
     TaskConfig,
     TaskExecutionError,
     TaskResult,
+    Until,
     WindowedRateLimiter,
     WindowPolicy,
     Workflow,
@@ -140,6 +151,8 @@ SECONDS = {
     "RetryMode.fixed": ("delay", lambda value: RetryMode.fixed(1, value)),
     "RetryMode.exponential": ("max_delay", lambda value: RetryMode.exponential(1, 0, max_delay=value)),
     "RetryAfter": ("delay", RetryAfter),
+    "Pending": ("delay", Pending),
+    "After": ("seconds", After),
 }
 
 
@@ -274,6 +287,10 @@ def cases(*groups):
         ("slow_call_rate", lambda value: slow_calls(slow_call_rate=value), [0, -0.1, 1.001, math.nan, True, "1"]),
         ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
         ("concurrency", with_attribute(Batch, "concurrency"), [0, -1, *NOT_A_COUNT[:-2]]),
+        ("n", StreamWindow.Count, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
+        ("seconds", StreamWindow.Duration, [0, -1, math.nan, 315_576_001, *NOT_A_NUMBER[:-1]]),
+        ("retries", PollErrorPolicy.RetryOnError, [-1, 1_000_001, *NOT_A_COUNT]),
+        ("retries", ItemErrorPolicy.Retry, [-1, 1_000_001, *NOT_A_COUNT]),
         ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
         # RL-010, WN-007
         ("tokens", RateLimiterPolicy.per_second, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
@@ -397,9 +414,42 @@ def test_breaker_name(value):
 
 # Definitions
 
+
+class Steps:
+    """A stepped task that returns its results in turn, the last one for ever."""
+
+    def __init__(self, *results):
+        self.results = list(results)
+
+    def step(self, _cursor):
+        return self.results.pop(0) if len(self.results) > 1 else self.results[0]
+
+
+class Items:
+    """A stream of one item, whose window has the given verdicts in turn, or else goes on to the end."""
+
+    def __init__(self, *verdicts):
+        self.verdicts = list(verdicts)
+
+    async def open(self, _cursor):
+        yield 1
+
+    def process_item(self, item):
+        return item, item
+
+    def flush_window(self, _outputs):
+        return self.verdicts.pop(0) if self.verdicts else Continue
+
+    def on_close(self, _reason):
+        return S.DONE
+
+
 STATES = {
     "register": lambda state: Workflow().register(state, start),
     "register_split": lambda state: Workflow().register_split(state, [], ALL),
+    "register_router": lambda state: Workflow().register_router(state, start),
+    "register_stepped": lambda state: Workflow().register_stepped(state, Steps(Done(S.DONE))),
+    "register_stream": lambda state: Workflow().register_stream(state, Items()),
     "task": lambda state: Workflow().task(state)(start),
     "add_exit_state": Workflow().add_exit_state,
     "add_exit_states": lambda state: Workflow().add_exit_states([state]),
@@ -672,6 +722,41 @@ def returning_single(value):
     testing.run(simple(lambda: next(results)).orchestrate(S.START))
 
 
+def ended(workflow):
+    """Whatever the result of a model takes, the model can return."""
+    testing.run(workflow.add_exit_state(S.DONE).orchestrate(S.START))
+
+
+def polling(result):
+    class Poll:
+        def __init__(self):
+            self.results = iter([result, Ready(S.DONE)])
+
+        def poll(self):
+            return next(self.results)
+
+    ended(Workflow().register(S.START, Poll()))
+
+
+def timed(due):
+    class Timer:
+        def wait(self):
+            return due
+
+        def after_wait(self):
+            return S.DONE
+
+    ended(Workflow().register(S.START, Timer()))
+
+
+def stepping(*results):
+    ended(Workflow().register_stepped(S.START, Steps(*results)))
+
+
+def streaming(items):
+    ended(Workflow().register_stream(S.START, items))
+
+
 def raised(error):
     """Whatever an error takes it can also be raised with."""
 
@@ -736,11 +821,14 @@ WALK = {
     "BatchTask.concurrency": ("concurrency", with_attribute(Batch, "concurrency")),
     "BatchTask.item_retry": ("item_retry", with_attribute(Batch, "item_retry")),
     "BatchTask.item_timeout": ("item_timeout", with_attribute(Batch, "item_timeout")),
+    "After.seconds": ("seconds", lambda value: timed(After(value))),
+    "Done.state": ("state", lambda value: stepping(Done(value), Done(S.DONE))),
     "FromResources.from_resources.resources": ("resources", Deps.from_resources),
     "HealthStatus.level": ("level", HealthStatus),
     "HealthStatus.reason": ("reason", lambda value: HealthStatus("degraded", value)),
     "HealthStatus.Degraded.reason": ("reason", HealthStatus.Degraded),
     "HealthStatus.Unhealthy.reason": ("reason", HealthStatus.Unhealthy),
+    "ItemErrorPolicy.Retry.retries": ("retries", ItemErrorPolicy.Retry),
     "JoinConfig.strategy": ("strategy", lambda value: JoinConfig(value, S.DONE)),
     "JoinConfig.next_state": ("next_state", lambda value: JoinConfig(JoinStrategy.All, value)),
     "JoinConfig.timeout": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
@@ -787,6 +875,11 @@ WALK = {
             "burst": lambda make, value: make(1, burst=value),
         }.items()
     },
+    "More.cursor": ("cursor", lambda value: stepping(More(value), Done(S.DONE))),
+    "NonRetryable.message": ("message", lambda value: raised(NonRetryable(value))),
+    "Pending.delay": ("delay", lambda value: polling(Pending(value))),
+    "PollErrorPolicy.RetryOnError.retries": ("retries", PollErrorPolicy.RetryOnError),
+    "Ready.state": ("state", lambda value: polling(Ready(value))),
     "Res.key": ("key", Res),
     "Resources.mapping": ("mapping", Resources),
     "Resources.get.key": ("key|resource", lambda value: Resources({"key": 1}).get(value)),
@@ -809,6 +902,9 @@ WALK = {
     "Run.cancel.reason": ("reason", cancelling),
     "Task.config": ("config", with_attribute(Configured, "config")),
     "Task.name": ("name", with_attribute(Configured, "name")),
+    "Stop.state": ("state", lambda value: streaming(Items(Stop(value)))),
+    "StreamWindow.Count.n": ("n ", StreamWindow.Count),
+    "StreamWindow.Duration.seconds": ("seconds", StreamWindow.Duration),
     "TaskConfig.retry": ("retry", lambda value: TaskConfig(retry=value)),
     "TaskConfig.retry_on": ("retry_on", lambda value: TaskConfig(retry_on=value)),
     "TaskConfig.attempt_timeout": ("attempt_timeout", lambda value: TaskConfig(attempt_timeout=value)),
@@ -843,6 +939,7 @@ WALK = {
     "WindowedRateLimiter.acquire.cost": ("cost", lambda value: testing.run(window().acquire(value))),
     "WindowedRateLimiter.time_until.cost": ("cost", lambda value: window().time_until(value)),
     "WindowedRateLimiter.try_acquire.cost": ("cost", lambda value: window().try_acquire(value)),
+    "Until.instant": ("instant", lambda value: timed(Until(value))),
     "Workflow.resources": ("resources", Workflow),
     "Workflow.name": ("name", lambda value: Workflow(name=value)),
     "Workflow.add_exit_state.state": ("state", lambda value: defined(simple().add_exit_state(value))),
@@ -856,12 +953,42 @@ WALK = {
     "Workflow.register.task": ("task|register", lambda value: defined(Workflow().register(S.START, value))),
     "Workflow.register.config": ("config", lambda value: Workflow().register(S.START, start, config=value)),
     "Workflow.register.join": ("join", lambda value: Workflow().register(S.START, start, join=value)),
+    "Workflow.register_router.state": ("state", lambda value: defined(Workflow().register_router(value, start))),
+    "Workflow.register_router.task": (
+        "router|task|register",
+        lambda value: defined(Workflow().register_router(S.START, value)),
+    ),
+    "Workflow.register_router.config": (
+        "config",
+        lambda value: Workflow().register_router(S.START, start, config=value),
+    ),
     "Workflow.register_split.state": ("state", lambda value: defined(Workflow().register_split(value, [], ALL))),
     "Workflow.register_split.tasks": (
         "branches|task|register",
         lambda value: defined(Workflow().register_split(S.START, value, ALL)),
     ),
     "Workflow.register_split.join": ("join", lambda value: Workflow().register_split(S.START, [], value)),
+    "Workflow.register_stepped.state": (
+        "state",
+        lambda value: defined(Workflow().register_stepped(value, Steps(Done(S.DONE)))),
+    ),
+    "Workflow.register_stepped.task": (
+        "stepped task|register",
+        lambda value: defined(Workflow().register_stepped(S.START, value)),
+    ),
+    "Workflow.register_stepped.config": (
+        "config",
+        lambda value: Workflow().register_stepped(S.START, Steps(), config=value),
+    ),
+    "Workflow.register_stream.state": ("state", lambda value: defined(Workflow().register_stream(value, Items()))),
+    "Workflow.register_stream.task": (
+        "stream|register",
+        lambda value: defined(Workflow().register_stream(S.START, value)),
+    ),
+    "Workflow.register_stream.config": (
+        "config",
+        lambda value: Workflow().register_stream(S.START, Items(), config=value),
+    ),
     "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
     "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),
     "Workflow.start.workflow_id": ("workflow_id", lambda value: starting(workflow_id=value)),

@@ -20,17 +20,27 @@ import anyio
 import pytest
 
 from cano import (
+    After,
     BatchTask,
     BranchOutcome,
+    Continue,
+    Done,
+    ItemErrorPolicy,
     JoinConfig,
     JoinError,
     JoinStrategy,
     JoinTimeoutError,
+    More,
+    Pending,
+    PollErrorPolicy,
+    Ready,
     Res,
     Resource,
     Resources,
     RetryExhaustedError,
     RetryMode,
+    Stop,
+    StreamWindow,
     Task,
     TaskConfig,
     TaskResult,
@@ -42,7 +52,7 @@ from cano import (
 from cano.testing import VirtualClockLoop, assert_no_orphans
 
 MESSAGE = "stop"
-CLEAN_UP = ("tear-down", "disconnecting")
+CLEAN_UP = ("tear-down", "disconnecting", "draining")
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -489,6 +499,126 @@ def awaitables(ledger: Ledger) -> Workflow[str]:
     return Workflow[str]().register("a", work).register("b", future).add_exit_state("done")
 
 
+@shape("poll")
+def poll(ledger: Ledger) -> Workflow[str]:
+    todo = [Pending(), Boom(1), Boom(2), Pending(1), Ready("done")]
+
+    class Poll:
+        on_poll_error = PollErrorPolicy.RetryOnError(2)
+
+        async def poll(self) -> Any:
+            await ledger.work("poll")
+            result = todo.pop(0)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    return Workflow[str]().register("poll", Poll()).add_exit_state("done")
+
+
+@shape("split")
+def timer(ledger: Ledger) -> Workflow[str]:
+    class Timer:
+        async def wait(self) -> After:
+            await ledger.work("wait")
+            return After(2)
+
+        async def after_wait(self) -> str:
+            await ledger.work("after wait")
+            return "x"
+
+    return joined(ledger, Timer(), *branches(ledger, 1))
+
+
+@shape("step")
+def stepped(ledger: Ledger) -> Workflow[str]:
+    todo = [More(1), Boom(), More(2), More(3), Done("done")]
+
+    class Steps:
+        config = TaskConfig().with_fixed_retry(1, 0.5).with_attempt_timeout(5)
+
+        async def step(self, cursor: int | None) -> Any:
+            await ledger.work(f"step {cursor}")
+            result = todo.pop(0)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    return Workflow[str]().register_stepped("step", Steps()).add_exit_state("done")
+
+
+class Numbers:
+    """A stream all parts of which wait, and whose source has a clean-up that waits."""
+
+    def __init__(self, ledger: Ledger, window: StreamWindow, *, count: int = 5, stop: bool = False) -> None:
+        self.ledger = ledger
+        self.window = window
+        self.count = count
+        self.stop = stop
+        self.fails = [2, 3]
+
+    on_item_error = ItemErrorPolicy.Retry(1)
+
+    async def open(self, _cursor: None) -> Any:
+        await self.ledger.work("open")
+        return self.numbers()
+
+    async def numbers(self) -> Any:
+        with self.ledger.span("source"):
+            try:
+                for number in range(self.count):
+                    await asyncio.sleep(self.ledger.scale)
+                    yield number
+            finally:
+                await asyncio.sleep(0)
+
+    async def process_item(self, item: int) -> Any:
+        await self.ledger.work(f"item {item}", 0.25)
+        if item in self.fails:
+            self.fails.remove(item)
+            raise Boom(item)
+        return item, item
+
+    async def flush_window(self, outputs: list[int]) -> Any:
+        await self.ledger.work("draining: flush")
+        return Stop("done") if self.stop and 3 in outputs else Continue
+
+    async def on_close(self, _reason: str) -> str:
+        if "source" in self.ledger.alive:
+            self.ledger.violations.append("the source outlived on_close")
+        await self.ledger.work("draining: close")
+        return "done"
+
+
+def stream(numbers: Numbers, **options: Any) -> Workflow[str]:
+    return Workflow[str]().register_stream("stream", numbers, **options).add_exit_state("done")
+
+
+@shape("stream")
+def stream_by_count(ledger: Ledger) -> Workflow[str]:
+    return stream(Numbers(ledger, StreamWindow.Count(2)), config=TaskConfig().with_attempt_timeout(30))
+
+
+@shape("stream")
+def stream_by_duration(ledger: Ledger) -> Workflow[str]:
+    return stream(Numbers(ledger, StreamWindow.Duration(2.6)))
+
+
+@shape("stream")
+def short_stream(ledger: Ledger) -> Workflow[str]:
+    return stream(Numbers(ledger, StreamWindow.Duration(2.6), count=1))
+
+
+@shape("stream")
+def stream_that_stops(ledger: Ledger) -> Workflow[str]:
+    return stream(Numbers(ledger, StreamWindow.Duration(1.1), stop=True))
+
+
+@shape("stream", WorkflowTimeoutError)
+def stream_out_of_time(ledger: Ledger) -> Workflow[str]:
+    return stream(Numbers(ledger, StreamWindow.Duration(2.6))).with_timeout(7)
+
+
 @shape("split")
 def stubborn_branch(ledger: Ledger) -> Workflow[str]:
     async def stubborn() -> str:
@@ -653,6 +783,8 @@ CANCELS_BY_ITSELF = {
     "timeout_in_set_up",
     "timeout_in_split_with_resources",
     "scopes_in_tasks",
+    "stream_that_stops",
+    "stream_out_of_time",
 }
 """Shapes in which the engine cancels as well, without a message."""
 
@@ -911,6 +1043,7 @@ def test_second_cancel_soon_after_every_step_leaves_nothing(name: str, how: type
         "managed",
         "resources",
         "resources_with_a_failing_set_up",
+        "short_stream",
         "retry_with_backoff",
         "run_timeout_in_backoff",
         "run_timeout_in_split",
@@ -943,6 +1076,9 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
         "fork",
         "resources",
         "managed",
+        "poll",
+        "stepped",
+        "stream_by_count",
     ],
 )
 async def test_cancel_after_every_tick_of_any_loop_leaves_nothing(name: str) -> None:

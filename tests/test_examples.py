@@ -83,6 +83,31 @@ OUTPUT = {
         job 8  0.6 s to 0.8 s              ####
         State.DONE
         """,
+    "poll": """\
+        look: working
+        pause for 0.1 s
+        request 2
+        request 3
+        request 4
+        the report is here
+        State.DONE
+        """,
+    "stepped": """\
+        page a: anchors
+        page b: failed
+        page b: bells
+        page c: failed
+        page c: failed
+        page c: chains
+        State.DONE
+        """,
+    "stream": """\
+        average of 2: 21.2
+        average of 1: 21.8
+        average of 2: 22.1
+        cancelled after number 6, 1 skipped
+        WorkflowTimeoutError
+        """,
     "timeout": """\
         a run that may take 2 s:
           fetch, attempt 1: would take 1.0 s, may take 0.2 s

@@ -99,7 +99,8 @@ class PollErrorPolicy:
 
         After the k-th error in a row it sleeps ``min(30, 0.1 * 2 ** (k - 1))`` seconds, spread by plus or minus a tenth:
         about 0.1, 0.2 and 0.4 s. What is worth a retry is what is in a task's attempts: not a TypeError and its like, nor
-        NonRetryable; RetryAfter sets the delay. Each error that is got over is logged as a warning of the logger "cano".
+        NonRetryable; RetryAfter sets the delay, to 30 s at most. Each error that is got over is logged as a warning of the
+        logger "cano".
 
         Args:
             retries: 0 to 1,000,000; 0 is ``FailFast``.
@@ -111,7 +112,7 @@ class PollErrorPolicy:
             >>> PollErrorPolicy.RetryOnError(3)
             PollErrorPolicy.RetryOnError(3)
         """
-        RetryMode.exponential(retries)
+        RetryMode.fixed(retries, 0)  # refuses what is no count
         return PollErrorPolicy(retries)
 
     def __repr__(self) -> str:
@@ -250,7 +251,8 @@ class SteppedTask(Task[S]):
 
     Write ``step(cursor)``, async or plain: it returns ``More(cursor)`` or ``Done(state)``. The first step gets None, each
     other one the cursor that the step before returned. Each step is an attempt of its own: it has all the retries of the
-    configuration, always with the same cursor, and the whole ``attempt_timeout``.
+    configuration, always with the same cursor, and the whole ``attempt_timeout``. ``RunContext.idempotency_key`` is that of
+    the visit, the same in every step.
 
     Example:
         >>> class CountDown(SteppedTask[str]):
@@ -318,7 +320,7 @@ class ItemErrorPolicy:
             >>> ItemErrorPolicy.Retry(3)
             ItemErrorPolicy.Retry(3)
         """
-        RetryMode.exponential(retries)
+        RetryMode.fixed(retries, 0)  # refuses what is no count
         return ItemErrorPolicy(retries)
 
     def __repr__(self) -> str:

@@ -1,26 +1,43 @@
 """The public API as a type checker sees it: checked by mypy and basedpyright, never run."""
 
-from collections.abc import Callable, Coroutine
-from datetime import timedelta
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal, assert_type
 
 from cano import (
+    After,
     BranchOutcome,
+    Continue,
+    Done,
     FromResources,
+    ItemErrorPolicy,
     JoinConfig,
     JoinError,
     JoinStrategy,
     MemoryStore,
+    More,
+    Pending,
+    PollErrorPolicy,
+    PollTask,
+    Ready,
     Res,
     Resources,
     RetryMode,
+    RouterTask,
     Run,
     RunContext,
     SplitResult,
+    SteppedTask,
+    Stop,
+    StreamProgress,
+    StreamTask,
+    StreamWindow,
     Task,
     TaskConfig,
     TaskResult,
+    TimerTask,
+    Until,
     Workflow,
     in_thread,
 )
@@ -53,6 +70,51 @@ class Charge(Task[Order]):
         return TaskResult.Single(Order.DONE)
 
 
+class Choose(RouterTask[Order]):
+    def route(self) -> Literal[Order.PAID, Order.DONE]:
+        return Order.PAID
+
+
+class Upload(PollTask[Order]):
+    on_poll_error = PollErrorPolicy.RetryOnError(3)
+
+    async def poll(self, ctx: RunContext) -> Ready[Order] | Pending:
+        assert_type(Ready(Order.DONE).state, Order)
+        return Ready(Order.DONE) if ctx.attempt > 1 else Pending(timedelta(seconds=1))
+
+
+class CoolDown(TimerTask[Order]):
+    def wait(self, ctx: RunContext) -> After | Until:
+        return After(5) if ctx.attempt > 1 else Until(datetime.now(UTC))
+
+    def after_wait(self) -> Order:
+        return Order.DONE
+
+
+class Pages(SteppedTask[Order]):
+    async def step(self, cursor: str | None) -> More[str] | Done[Literal[Order.DONE]]:
+        assert_type(More("b").cursor, str)
+        return More("b") if cursor is None else Done(Order.DONE)
+
+
+class Readings(StreamTask[Order]):
+    window = StreamWindow.Duration(timedelta(seconds=1))
+    on_item_error = ItemErrorPolicy.Skip
+
+    async def open(self, cursor: int | None) -> AsyncIterator[float]:
+        yield float(cursor or 0)
+
+    def process_item(self, item: float) -> tuple[float, int]:
+        return item, 1
+
+    async def flush_window(self, outputs: list[float]) -> type[Continue] | Stop[Order]:
+        return Stop(Order.DONE) if len(outputs) > 3 else Continue
+
+    def on_close(self, reason: str, progress: StreamProgress) -> Order:
+        assert_type(progress.skipped, int)
+        return Order.DONE if reason == "exhausted" else Order.PAID
+
+
 def read(res: Resources) -> Order:
     assert_type(res.get("store", MemoryStore), MemoryStore)
     assert_type(Deps.from_resources(res), Deps)
@@ -66,6 +128,9 @@ async def use() -> None:
     assert_type(join, JoinConfig[Order])
     assert_type(workflow.register(Order.NEW, read), Workflow[Order])
     workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
+    assert_type(workflow.register_router(Order.NEW, Choose()), Workflow[Order])
+    workflow.register(Order.NEW, Upload()).register(Order.NEW, CoolDown())
+    workflow.register_stepped(Order.NEW, Pages(), config=TaskConfig.minimal()).register_stream(Order.NEW, Readings())
     assert_type(await workflow.orchestrate(Order.NEW, timeout=timedelta(seconds=3)), Order)
     run = workflow.start(Order.NEW)
     assert_type(run, Run[Order])
