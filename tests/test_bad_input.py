@@ -285,6 +285,7 @@ STATES = {
     "register": lambda state: Workflow().register(state, start),
     "register_split": lambda state: Workflow().register_split(state, [], ALL),
     "task": lambda state: Workflow().task(state)(start),
+    "on_error": lambda state: Workflow().register(S.START, start, on_error={ValueError: state}),
     "add_exit_state": Workflow().add_exit_state,
     "add_exit_states": lambda state: Workflow().add_exit_states([state]),
 }
@@ -653,12 +654,20 @@ WALK = {
     "Workflow.register.task": ("task|register", lambda value: defined(Workflow().register(S.START, value))),
     "Workflow.register.config": ("config", lambda value: Workflow().register(S.START, start, config=value)),
     "Workflow.register.join": ("join", lambda value: Workflow().register(S.START, start, join=value)),
+    "Workflow.register.on_error": (
+        "on_error",
+        lambda value: Workflow().register(S.START, start, on_error=value),
+    ),
     "Workflow.register_split.state": ("state", lambda value: defined(Workflow().register_split(value, [], ALL))),
     "Workflow.register_split.tasks": (
         "branches|task|register",
         lambda value: defined(Workflow().register_split(S.START, value, ALL)),
     ),
     "Workflow.register_split.join": ("join", lambda value: Workflow().register_split(S.START, [], value)),
+    "Workflow.register_split.on_error": (
+        "on_error",
+        lambda value: Workflow().register_split(S.START, [], ALL, on_error=value),
+    ),
     "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
     "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),
     "Workflow.start.workflow_id": ("workflow_id", lambda value: starting(workflow_id=value)),
@@ -666,6 +675,7 @@ WALK = {
     "Workflow.task.state": ("state", lambda value: defined(decorated(value))),
     "Workflow.task.config": ("config", lambda value: Workflow().task(S.START, config=value)(start)),
     "Workflow.task.join": ("join", lambda value: Workflow().task(S.START, join=value)(start)),
+    "Workflow.task.on_error": ("on_error", lambda value: Workflow().task(S.START, on_error=value)(start)),
     "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
     "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),
@@ -711,7 +721,7 @@ def parameters_of(function):
 
 def public_parameters():
     """Every parameter of every public function, constructor and method: "Class.method.parameter"."""
-    for name in set(cano.__all__) - {"__version__", "Seconds"}:
+    for name in set(cano.__all__) - {"__version__", "Caught", "Seconds"}:
         public = getattr(cano, name)
         is_error = inspect.isclass(public) and issubclass(public, BaseException)
         if name not in MADE_BY_THE_ENGINE and (not is_error or name in RAISED_BY_TASKS):

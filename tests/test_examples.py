@@ -83,6 +83,24 @@ OUTPUT = {
         job 8  0.6 s to 0.8 s              ####
         State.DONE
         """,
+    "error_routing": """\
+        blue then gold
+          charge blue, attempt 1
+          declined: no funds
+          charge gold, attempt 1
+          Payment.PAID by way of CHARGE ASK_AGAIN CHARGE PAID
+        blue then black
+          charge blue, attempt 1
+          declined: no funds
+          charge black, attempt 1
+          declined: stolen
+          Payment.FAILED by way of CHARGE ASK_AGAIN CHARGE ASK_AGAIN FAILED
+        unlucky
+          charge unlucky, attempt 1
+          charge unlucky, attempt 2
+          charge unlucky, attempt 3
+          Payment.QUEUED by way of CHARGE QUEUED
+        """,
     "timeout": """\
         a run that may take 2 s:
           fetch, attempt 1: would take 1.0 s, may take 0.2 s
