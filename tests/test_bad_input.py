@@ -451,6 +451,7 @@ STATES = {
     "register_stepped": lambda state: Workflow().register_stepped(state, Steps(Done(S.DONE))),
     "register_stream": lambda state: Workflow().register_stream(state, Items()),
     "task": lambda state: Workflow().task(state)(start),
+    "on_error": lambda state: Workflow().register(S.START, start, on_error={ValueError: state}),
     "add_exit_state": Workflow().add_exit_state,
     "add_exit_states": lambda state: Workflow().add_exit_states([state]),
 }
@@ -876,7 +877,6 @@ WALK = {
         }.items()
     },
     "More.cursor": ("cursor", lambda value: stepping(More(value), Done(S.DONE))),
-    "NonRetryable.message": ("message", lambda value: raised(NonRetryable(value))),
     "Pending.delay": ("delay", lambda value: polling(Pending(value))),
     "PollErrorPolicy.RetryOnError.retries": ("retries", PollErrorPolicy.RetryOnError),
     "Ready.state": ("state", lambda value: polling(Ready(value))),
@@ -953,6 +953,10 @@ WALK = {
     "Workflow.register.task": ("task|register", lambda value: defined(Workflow().register(S.START, value))),
     "Workflow.register.config": ("config", lambda value: Workflow().register(S.START, start, config=value)),
     "Workflow.register.join": ("join", lambda value: Workflow().register(S.START, start, join=value)),
+    "Workflow.register.on_error": (
+        "on_error",
+        lambda value: Workflow().register(S.START, start, on_error=value),
+    ),
     "Workflow.register_router.state": ("state", lambda value: defined(Workflow().register_router(value, start))),
     "Workflow.register_router.task": (
         "router|task|register",
@@ -968,6 +972,10 @@ WALK = {
         lambda value: defined(Workflow().register_split(S.START, value, ALL)),
     ),
     "Workflow.register_split.join": ("join", lambda value: Workflow().register_split(S.START, [], value)),
+    "Workflow.register_split.on_error": (
+        "on_error",
+        lambda value: Workflow().register_split(S.START, [], ALL, on_error=value),
+    ),
     "Workflow.register_stepped.state": (
         "state",
         lambda value: defined(Workflow().register_stepped(value, Steps(Done(S.DONE)))),
@@ -996,6 +1004,7 @@ WALK = {
     "Workflow.task.state": ("state", lambda value: defined(decorated(value))),
     "Workflow.task.config": ("config", lambda value: Workflow().task(S.START, config=value)(start)),
     "Workflow.task.join": ("join", lambda value: Workflow().task(S.START, join=value)(start)),
+    "Workflow.task.on_error": ("on_error", lambda value: Workflow().task(S.START, on_error=value)(start)),
     "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
     "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),

@@ -270,6 +270,21 @@ def attempt_timeout(ledger: Ledger) -> Workflow[str]:
     return single(ledger, "done", config=config)
 
 
+@shape("a")
+def errors_lead_on(ledger: Ledger) -> Workflow[str]:
+    keys: Any = {Exception: "c"}
+    retried = TaskConfig().with_fixed_retry(1, 0.5)
+    workflow = Workflow[str]().register("a", does(ledger, "a", Boom(), config=retried), on_error={Boom: "b"})
+    join = JoinConfig(JoinStrategy.All, "done")
+    workflow.register_split("b", branches(ledger, 0, 1, fails=(0,)), join, on_error={JoinError: "f"} | keys)
+    fork = does(ledger, "f", TaskResult.Split(["g", "g"]))
+    workflow.register("f", fork, join=join, on_error=keys).register(
+        "g", does(ledger, "g", Boom()), on_error={Boom: "h"}
+    )
+    workflow.register("h", does(ledger, "h", Boom())).register("c", does(ledger, "c", Boom(), "done"), on_error=keys)
+    return workflow.add_exit_state("done")
+
+
 @shape("only", WorkflowTimeoutError)
 def run_timeout(ledger: Ledger) -> Workflow[str]:
     return single(ledger, "only").with_timeout(2.5)

@@ -108,6 +108,24 @@ OUTPUT = {
         cancelled after number 6, 1 skipped
         WorkflowTimeoutError
         """,
+    "error_routing": """\
+        blue then gold
+          charge blue, attempt 1
+          declined: no funds
+          charge gold, attempt 1
+          Payment.PAID by way of CHARGE ASK_AGAIN CHARGE PAID
+        blue then black
+          charge blue, attempt 1
+          declined: no funds
+          charge black, attempt 1
+          declined: stolen
+          Payment.FAILED by way of CHARGE ASK_AGAIN CHARGE ASK_AGAIN FAILED
+        unlucky
+          charge unlucky, attempt 1
+          charge unlucky, attempt 2
+          charge unlucky, attempt 3
+          Payment.QUEUED by way of CHARGE QUEUED
+        """,
     "timeout": """\
         a run that may take 2 s:
           fetch, attempt 1: would take 1.0 s, may take 0.2 s

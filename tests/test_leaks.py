@@ -19,6 +19,7 @@ import pytest
 from cano import (
     BatchTask,
     BranchOutcome,
+    Caught,
     InvalidTransitionError,
     JoinConfig,
     JoinError,
@@ -236,6 +237,20 @@ SHAPES: dict[str, tuple[Workflow[str], Callable[[Workflow[str]], Any], Any]] = {
 }
 
 
+def caught(_: Caught[Boom]) -> str:
+    return "done"
+
+
+SHAPES["error that leads on"] = (
+    Workflow[str]()
+    .register("only", fails, on_error={Boom: "caught"}, config=TaskConfig().with_fixed_retry(1, 0))
+    .register("caught", caught)
+    .add_exit_state("done"),
+    lambda workflow: ended(workflow.orchestrate("only")),
+    "done",
+)
+
+
 class _MallInfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "uordblks", *"hi")]
 
@@ -415,6 +430,82 @@ async def retried_failures(watch: Watch) -> None:
         return "done"
 
     await one(task_with(TaskConfig().with_fixed_retry(3, 0), task)).orchestrate("only")
+
+
+def leading_on(watch: Watch, handler: Any, *, retries: int = 0) -> Workflow[str]:
+    """A workflow whose first task fails, into the state of the handler."""
+
+    async def task() -> str:
+        thing = watch.new()
+        await asyncio.sleep(0)
+        raise watch.new(Boom(thing))
+
+    workflow = Workflow[str]().register("handler", handler).add_exit_state("done")
+    config = TaskConfig().with_fixed_retry(retries, 0)
+    return workflow.register("only", task, on_error={Boom: "handler"}, config=config)
+
+
+async def caught_error(watch: Watch) -> None:
+    async def handler(error: Caught[Boom]) -> str:
+        await asyncio.sleep(0)
+        return "after"
+
+    async def after() -> str:
+        await asyncio.sleep(0)
+        assert all(ref() is None for ref in watch.watched)  # gone with the visit it led to
+        return "done"
+
+    await leading_on(watch, handler).register("after", after).orchestrate("only")
+
+
+async def caught_error_of_retries(watch: Watch) -> None:
+    async def handler(error: Caught[Boom] | None) -> str:
+        if error is None:
+            assert all(ref() is None for ref in watch.watched)
+            return "done"
+        return "handler"
+
+    await leading_on(watch, handler, retries=2).orchestrate("only")
+
+
+async def caught_error_that_nobody_takes(watch: Watch) -> None:
+    await leading_on(watch, lambda: "done").orchestrate("only")
+
+
+async def error_from_a_caught_one(watch: Watch) -> None:
+    async def handler(error: Caught[Boom]) -> str:
+        await asyncio.sleep(0)
+        raise Boom from error
+
+    await watch.raises(Boom, leading_on(watch, handler).orchestrate("only"))
+
+
+async def caught_error_in_a_run_that_is_cancelled(watch: Watch) -> None:
+    async def handler(error: Caught[Boom]) -> None:
+        await forever()
+
+    task = asyncio.ensure_future(leading_on(watch, handler).orchestrate("only"))
+    await ticks(4)
+    task.cancel()
+    await watch.raises(asyncio.CancelledError, task)
+
+
+async def caught_join_error(watch: Watch) -> None:
+    async def branch() -> None:
+        await asyncio.sleep(0)
+        raise watch.new(Boom(watch.new()))
+
+    def handler(error: Caught[JoinError]) -> str:
+        watch.new(error)
+        return "after"
+
+    def after() -> str:
+        assert all(ref() is None for ref in watch.watched)
+        return "done"
+
+    workflow = Workflow[str]().register("handler", handler).register("after", after).add_exit_state("done")
+    join = JoinConfig(JoinStrategy.All, "done")
+    await workflow.register_split("only", [branch, value], join, on_error={JoinError: "handler"}).orchestrate("only")
 
 
 async def attempt_timeout(watch: Watch) -> None:
@@ -605,6 +696,12 @@ SCENARIOS: list[Scenario] = [
     failure_of_a_handle,
     retries_exhausted,
     retried_failures,
+    caught_error,
+    caught_error_of_retries,
+    caught_error_that_nobody_takes,
+    error_from_a_caught_one,
+    caught_error_in_a_run_that_is_cancelled,
+    caught_join_error,
     attempt_timeout,
     run_timeout,
     run_timeout_in_split,
@@ -683,6 +780,25 @@ class TestCyclesOfTheUser:
 
         assert ref() is None
         assert events == ["clean-up"]
+
+    def test_suspended_run_that_an_error_led_on_is_collected(self) -> None:
+        """A run that was left in the visit of an error, whose traceback refers to the run, goes with the next collection."""
+        watch = Watch()
+
+        async def task() -> str:
+            raise watch.new(Boom(watch.new()))
+
+        async def handler(error: Caught[Boom]) -> str:
+            return await hands_out("pause")
+
+        workflow = Workflow[str]().register("only", task, on_error={Boom: "handler"}).register("handler", handler)
+        coroutine = workflow.add_exit_state("done").orchestrate("only")
+        coroutine.send(None)
+
+        del coroutine
+        gc.collect()
+
+        assert [ref() for ref in watch.watched] == [None, None]
 
     async def test_split_result_that_holds_itself_is_collected(self) -> None:
         """A branch value that refers to the result it is in goes with the next collection."""

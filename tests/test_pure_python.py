@@ -12,6 +12,7 @@ import pytest
 
 from benches.pure_python import (
     AttemptTimeoutError,
+    Caught,
     ConfigurationError,
     InvalidTransitionError,
     JoinConfig,
@@ -219,9 +220,11 @@ async def traced():
     [
         one_task(traced),
         one_task(traced, config=TaskConfig(retry=NO_DELAY, attempt_timeout=1)),
+        one_task(traced, on_error={OSError: S.DONE}),
+        one_task(traced, on_error={Traced: S.WORK}).register(S.WORK, traced),
         split([traced] * 3).register(S.JOINED, go(S.DONE)),
     ],
-    ids=["task", "retry", "split"],
+    ids=["task", "retry", "not caught", "caught", "split"],
 )
 async def test_errors_are_freed_at_once(workflow):
     """No reference cycle keeps an error, and the frames of its traceback, until the collector runs."""
@@ -573,7 +576,7 @@ def test_budget_survives_a_swallowed_cancellation(config, new_loop):
             await asyncio.sleep(9)
         except asyncio.CancelledError:
             if config:
-                raise OSError from None
+                raise OSError("stopped") from None
             return S.WORK
 
     workflow = one_task(stubborn, config=config).register(S.WORK, pytest.fail).with_timeout(TICK)
@@ -823,6 +826,79 @@ async def test_split_result_is_for_one_visit():
 
     assert results[0].values() == ["a"]
     assert results[1] is None
+
+
+@pytest.mark.parametrize(
+    ("on_error", "error", "config", "expected"),
+    [
+        pytest.param({LookupError: S.DONE, Exception: S.WORK}, KeyError(), None, S.DONE, id="most specific"),
+        pytest.param({(OSError, KeyError): S.WORK}, KeyError(), None, S.WORK, id="tuple"),
+        pytest.param({OSError: S.WORK}, KeyError(), None, KeyError, id="other"),
+        pytest.param({OSError: S.WORK}, OSError(), TaskConfig(retry=NO_DELAY), S.WORK, id="last failure"),
+        pytest.param(
+            {RetryExhaustedError: S.DONE, OSError: S.WORK},
+            OSError(),
+            TaskConfig(retry=NO_DELAY),
+            S.DONE,
+            id="exhausted",
+        ),
+        pytest.param({Exception: S.WORK}, UnknownStateError(), None, UnknownStateError, id="mistake"),
+        pytest.param({WorkflowError: S.WORK}, UnknownStateError(), None, S.WORK, id="mistake by our class"),
+        pytest.param({Exception: S.WORK}, WorkflowTimeoutError("", 1, 1), None, S.WORK, id="timeout of another run"),
+        pytest.param({Exception: S.WORK}, asyncio.CancelledError(), None, asyncio.CancelledError, id="cancelled"),
+    ],
+)
+async def test_error_leads_on(on_error, error, config, expected):
+    """The most specific class that `on_error` names decides the next state; without one the error leaves the run."""
+    workflow = one_task(value(error), on_error=on_error, config=config).add_exit_state(S.WORK)
+    try:
+        came = await workflow.orchestrate(S.START)
+    except BaseException as left:
+        came = type(left)
+
+    assert came is expected
+
+
+async def test_error_of_a_split_leads_on():
+    """A join that fails leads on like a task, in a branch of states as well; the next state takes its error."""
+    seen = []
+
+    def keep(error: "Caught[JoinError] | None"):
+        seen.append(error)
+        return S.DONE
+
+    join = JoinConfig(All, S.JOINED)
+    workflow = Workflow().register_split(S.WORK, [value(OSError())], join, on_error={JoinError: S.JOINED})
+    workflow.register(S.START, lambda: TaskResult.Split([S.WORK]), join=join, on_error={JoinError: S.JOINED})
+    workflow.register(S.JOINED, keep).add_exit_state(S.DONE)
+
+    assert await workflow.orchestrate(S.START) is S.DONE
+    assert await workflow.orchestrate(S.WORK) is S.DONE
+    assert [type(one) for one in seen] == [type(None), JoinError]
+
+
+async def test_task_that_is_told_to_stop_leads_nowhere():
+    """An error that a task makes of a cancellation leaves the run."""
+
+    async def convert():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise OSError("stopped") from None
+
+    running = asyncio.create_task(one_task(convert, on_error={OSError: S.DONE}).orchestrate(S.START))
+    await asyncio.sleep(TICK)
+    running.cancel()
+
+    with pytest.raises(OSError, match="stopped"):
+        await running
+
+
+@pytest.mark.parametrize("on_error", [{int: S.DONE}, {BaseException: S.DONE}, {(OSError, 5): S.DONE}])
+def test_on_error_of_no_error(on_error):
+    """Only subclasses of Exception lead on."""
+    with pytest.raises(ConfigurationError):
+        one_task(go(S.DONE), on_error=on_error)
 
 
 async def test_task_that_splits_into_states():

@@ -1,5 +1,6 @@
 """The public API as a type checker sees it: checked by mypy and basedpyright, never run."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, assert_type
 from cano import (
     After,
     BranchOutcome,
+    Caught,
     Continue,
     Done,
     FromResources,
@@ -59,6 +61,25 @@ async def pay(store: Annotated[MemoryStore, Res("store")], ctx: RunContext) -> L
     assert_type(ctx.branch, int | None)
     assert_type(ctx.remaining(), float)
     return Order.DONE
+
+
+class Declined(Exception):
+    left: float = 0.0
+
+
+class Expired(Exception):
+    """Has nothing to tell."""
+
+
+async def ask(error: Caught[Declined]) -> Literal[Order.NEW, Order.DONE]:
+    assert_type(error, Declined)
+    assert_type(error.left, float)
+    return Order.NEW
+
+
+def ask_again(error: Caught[Declined | Expired] | None) -> Order:
+    assert_type(error, Declined | Expired | None)
+    return Order.DONE if isinstance(error, Declined) else Order.NEW
 
 
 class Charge(Task[Order]):
@@ -127,6 +148,11 @@ async def use() -> None:
     join = JoinConfig(JoinStrategy.Quorum(2), Order.DONE, timeout=1).with_bulkhead(4)
     assert_type(join, JoinConfig[Order])
     assert_type(workflow.register(Order.NEW, read), Workflow[Order])
+    assert_type(workflow.register(Order.NEW, ask, on_error={Declined: Order.NEW}), Workflow[Order])
+    workflow.register(Order.NEW, ask_again, on_error={(Declined, Expired): Order.NEW, Exception: Order.DONE})
+    workflow.register(Order.NEW, ask, on_error={asyncio.CancelledError: Order.NEW})  # type: ignore[dict-item]
+    workflow.register(Order.NEW, ask, on_error={Declined: "new"})  # type: ignore[dict-item]
+    workflow.register_split(Order.PAID, [pay], join, on_error={JoinError: Order.DONE, ValueError: Order.NEW})
     workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
     assert_type(workflow.register_router(Order.NEW, Choose()), Workflow[Order])
     workflow.register(Order.NEW, Upload()).register(Order.NEW, CoolDown())
@@ -140,13 +166,17 @@ async def use() -> None:
     assert_type(RetryMode.exponential(jitter=0), RetryMode)
 
 
-@Workflow[Order]().task(Order.NEW, config=TaskConfig.minimal())
+@Workflow[Order]().task(Order.NEW, config=TaskConfig.minimal(), on_error={Declined: Order.NEW})
 async def decorated(ctx: RunContext) -> Order:
     return Order.PAID
 
 
 wrapped: Callable[[Resources], Coroutine[Any, Any, Order]] = in_thread(read)
 kept: Callable[[RunContext], Coroutine[Any, Any, Order]] = decorated
+
+
+def not_of_errors(value: Caught[int]) -> Order:  # type: ignore[type-var]
+    return Order.DONE
 
 
 def failed(error: JoinError) -> None:
