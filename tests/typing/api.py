@@ -1,11 +1,12 @@
 """The public API as a type checker sees it: checked by mypy and basedpyright, never run."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal, assert_type
 
 from cano import (
+    BatchTask,
     BranchOutcome,
     FromResources,
     JoinConfig,
@@ -53,6 +54,37 @@ class Charge(Task[Order]):
         return TaskResult.Single(Order.DONE)
 
 
+class Import(BatchTask[Order]):
+    concurrency = 10
+    item_retry = RetryMode.fixed(2, 0.1)
+    item_timeout = timedelta(seconds=5)
+
+    def load(self) -> Iterator[int]:
+        yield 1
+
+    async def process_item(self, item: int, ctx: RunContext) -> str:
+        return f"{item} {ctx.branch}"
+
+    def finish(self, outcomes: list[BranchOutcome]) -> Literal[Order.DONE]:
+        assert_type(outcomes[0].error, Exception | None)
+        return Order.DONE
+
+
+class Follow(BatchTask[Order]):
+    def __init__(self, concurrency: int) -> None:
+        self.concurrency = concurrency
+        self.item_timeout = 5 if concurrency > 1 else None
+
+    async def load(self, store: Annotated[MemoryStore, Res("store")]) -> AsyncIterator[str]:
+        yield store.get("total", str)
+
+    def process_item(self, item: str) -> int:
+        return len(item)
+
+    async def finish(self, outcomes: list[BranchOutcome]) -> Order:
+        return Order.DONE
+
+
 def read(res: Resources) -> Order:
     assert_type(res.get("store", MemoryStore), MemoryStore)
     assert_type(Deps.from_resources(res), Deps)
@@ -65,7 +97,7 @@ async def use() -> None:
     join = JoinConfig(JoinStrategy.Quorum(2), Order.DONE, timeout=1).with_bulkhead(4)
     assert_type(join, JoinConfig[Order])
     assert_type(workflow.register(Order.NEW, read), Workflow[Order])
-    workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
+    workflow.register_split(Order.PAID, [pay, Charge(), Import(), Follow(2)], join).add_exit_states([Order.DONE])
     assert_type(await workflow.orchestrate(Order.NEW, timeout=timedelta(seconds=3)), Order)
     run = workflow.start(Order.NEW)
     assert_type(run, Run[Order])
