@@ -429,6 +429,11 @@ impl TaskSpec {
         self.plan.get().is_coroutine_function && self.policy.is_none() && !self.plan.get().wants_run()
     }
 
+    /// The same of a task that is done on items: called with the item alone.
+    pub(super) fn takes_nothing_else(&self) -> bool {
+        self.is_plain_coroutine() && self.plan.get().sources.is_empty()
+    }
+
     /// Calls the task with arguments in the order of the plan's sources.
     pub(super) fn call<'py>(
         &self,

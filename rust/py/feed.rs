@@ -92,10 +92,10 @@ impl Split {
             tell(room.bind(py));
         }
         if let Some(item) = pushed {
-            let added = this.add(py, item);
+            this.add(py, item);
             let is_last = this.state.with(py, |state| state.feed.as_ref().is_some_and(|feed| !feed.is_feeding));
-            if is_last || added.is_err() {
-                this.fed_up(py, added.err());
+            if is_last {
+                this.fed_up(py, None);
             }
             return true;
         }
@@ -103,21 +103,16 @@ impl Split {
             return false;
         }
         let next = this.with_iterator(py, |iterator| iterator.cast::<PyIterator>()?.clone().next().transpose());
-        let is_added = next.and_then(|item| match item {
-            Some(item) => this.add(py, item.unbind()).map(|()| true),
-            None => this.close_iterator(py).map(|()| false),
-        });
-        match is_added {
-            Ok(true) => true,
-            Ok(false) => {
-                this.fed_up(py, None);
-                false
+        let error = match next {
+            Ok(Some(item)) => {
+                this.add(py, item.unbind());
+                return true;
             }
-            Err(error) => {
-                this.fed_up(py, Some(error));
-                false
-            }
-        }
+            Ok(None) => this.close_iterator(py).err(),
+            Err(error) => Some(error),
+        };
+        this.fed_up(py, error);
+        false
     }
 
     /// Calls the iterator, which is user code, in its context.
@@ -146,16 +141,14 @@ impl Split {
         closed
     }
 
-    fn add(&self, py: Python<'_>, item: Py<PyAny>) -> PyResult<()> {
+    fn add(&self, py: Python<'_>, item: Py<PyAny>) {
         let task = self.state.with(py, |state| state.feed.as_ref().map(|feed| feed.task.clone_ref(py)));
-        let Some(task) = task else { return Ok(()) };
-        let task = Py::new(py, task.get().of(py, item)?)?;
-        let branch = Branch::new(py, self.env.get(), Start::Task(task));
+        let Some(task) = task else { return };
+        let branch = Branch::new(py, self.env.get(), Start::Item(task, item));
         self.state.with(py, |state| {
             state.join.branch_added();
             state.branches.push(branch);
         });
-        Ok(())
     }
 
     /// No more branches come; with an error, those that live are cancelled. Whether the split goes on.

@@ -333,7 +333,7 @@ pub(super) fn tasks(branches: &Bound<'_, PyTuple>) -> PyResult<Vec<Start>> {
 /// The name of a branch.
 pub(super) fn branch_name(py: Python<'_>, env: &Env, start: &Start) -> Py<PyString> {
     match start {
-        Start::Task(task) => task.get().name.clone_ref(py),
+        Start::Task(task) | Start::Item(task, _) => task.get().name.clone_ref(py),
         Start::State(state) => env.label(py, *state).clone().unbind(),
     }
 }

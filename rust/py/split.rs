@@ -44,6 +44,8 @@ use super::waiter::Waiter;
 /// What a branch starts with.
 pub(super) enum Start {
     Task(Py<TaskSpec>),
+    /// A task that takes an item before its other arguments.
+    Item(Py<TaskSpec>, Py<PyAny>),
     State(usize),
 }
 
@@ -322,7 +324,14 @@ impl Split {
         let last_end = this.state.with(py, |state| state.last_end.take());
         let started = last_end.unwrap_or_else(|| this.mark(py));
         this.state.with(py, |state| state.branches[index].ended.elapsed = started);
+        let start = match start {
+            Start::Item(task, item) if !task.get().takes_nothing_else() => {
+                Start::Task(Py::new(py, task.get().of(py, item)?)?)
+            }
+            other => other,
+        };
         let coroutine = match start {
+            Start::Item(task, item) => task.get().call_one(py, item.bind(py))?,
             Start::Task(task) if task.get().is_plain_coroutine() => {
                 let context = || RunContext {
                     env: this.env.clone_ref(py),
@@ -740,8 +749,13 @@ impl Split {
                 }
                 for branch in &state.branches {
                     visit.call(&branch.task)?;
-                    if let Some(Start::Task(task)) = &branch.start {
-                        visit.call(task)?;
+                    match &branch.start {
+                        Some(Start::Task(task)) => visit.call(task)?,
+                        Some(Start::Item(task, item)) => {
+                            visit.call(task)?;
+                            visit.call(item)?;
+                        }
+                        Some(Start::State(_)) | None => {}
                     }
                     if let End::Value(object) | End::Error(object) = &branch.ended.end {
                         visit.call(object)?;

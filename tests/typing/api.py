@@ -1,13 +1,14 @@
 """The public API as a type checker sees it: checked by mypy and basedpyright, never run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal, assert_type
 
 from cano import (
     After,
+    BatchTask,
     BranchOutcome,
     Caught,
     Continue,
@@ -136,6 +137,37 @@ class Readings(StreamTask[Order]):
         return Order.DONE if reason == "exhausted" else Order.PAID
 
 
+class Import(BatchTask[Order]):
+    concurrency = 10
+    item_retry = RetryMode.fixed(2, 0.1)
+    item_timeout = timedelta(seconds=5)
+
+    def load(self) -> Iterator[int]:
+        yield 1
+
+    async def process_item(self, item: int, ctx: RunContext) -> str:
+        return f"{item} {ctx.branch}"
+
+    def finish(self, outcomes: list[BranchOutcome]) -> Literal[Order.DONE]:
+        assert_type(outcomes[0].error, Exception | None)
+        return Order.DONE
+
+
+class Follow(BatchTask[Order]):
+    def __init__(self, concurrency: int) -> None:
+        self.concurrency = concurrency
+        self.item_timeout = 5 if concurrency > 1 else None
+
+    async def load(self, store: Annotated[MemoryStore, Res("store")]) -> AsyncIterator[str]:
+        yield store.get("total", str)
+
+    def process_item(self, item: str) -> int:
+        return len(item)
+
+    async def finish(self, outcomes: list[BranchOutcome]) -> Order:
+        return Order.DONE
+
+
 def read(res: Resources) -> Order:
     assert_type(res.get("store", MemoryStore), MemoryStore)
     assert_type(Deps.from_resources(res), Deps)
@@ -153,7 +185,7 @@ async def use() -> None:
     workflow.register(Order.NEW, ask, on_error={asyncio.CancelledError: Order.NEW})  # type: ignore[dict-item]
     workflow.register(Order.NEW, ask, on_error={Declined: "new"})  # type: ignore[dict-item]
     workflow.register_split(Order.PAID, [pay], join, on_error={JoinError: Order.DONE, ValueError: Order.NEW})
-    workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
+    workflow.register_split(Order.PAID, [pay, Charge(), Import(), Follow(2)], join).add_exit_states([Order.DONE])
     assert_type(workflow.register_router(Order.NEW, Choose()), Workflow[Order])
     workflow.register(Order.NEW, Upload()).register(Order.NEW, CoolDown())
     workflow.register_stepped(Order.NEW, Pages(), config=TaskConfig.minimal()).register_stream(Order.NEW, Readings())
