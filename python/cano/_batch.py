@@ -109,7 +109,7 @@ class Batch:
     def spec(self, config: TaskConfig) -> _core.TaskSpec:
         """The one task that the batch becomes."""
         plan = plan_of((self.load, self.finish), (self.finish,), leads_with=("run",))
-        return _core.TaskSpec(self.run, self.name, plan, config._policy, "batch task")
+        return _core.TaskSpec(self.run, self.name, plan, config._policy)
 
     async def run(self, run: _core.Run, *filled: Any) -> Any:
         arguments = iter(filled)
