@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
+PEERS := $(VENV)/.peers
 RUST_SOURCES := $(shell find rust -name '*.rs')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,7 +23,7 @@ unexport CONDA_PREFIX MAKEFLAGS MFLAGS
 # The targets share one virtual environment and one cargo target folder.
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo build test test-loops fmt lint types bench bench-once ci wheel lock clean rust
+.PHONY: help demo build test test-loops fmt lint types bench bench-once peers ci wheel lock clean rust
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,13 +59,15 @@ types: build ## Check types: mypy, basedpyright, and the stub against the compil
 	$(PY) -m basedpyright --pythonpath $(PY)
 	$(PY) -m mypy.stubtest cano._core
 
-bench: build ## Run the benchmarks and print the table of ratios
+bench: build peers ## Run the benchmarks and print the table of ratios
 	mkdir -p .benchmarks
 	$(PY) -m pytest --benchmark-only --benchmark-json=.benchmarks/last.json $(PYTEST_ARGS) benches
 	$(PY) benches/report.py
 
-bench-once: build ## Run each benchmark once, unmeasured, so that it cannot rot
+bench-once: build peers ## Run each benchmark once, unmeasured, so that it cannot rot
 	$(PY) -m pytest --benchmark-disable benches
+
+peers: $(PEERS) ## Install the libraries that the benchmarks compare cano with
 
 ci: lint types test test-loops bench-once ## Everything that must pass before a change lands
 
@@ -94,6 +97,10 @@ $(PY): | rust
 
 $(READY): requirements-dev.txt | rust $(PY)
 	$(PY) -m pip install --requirement requirements-dev.txt
+	@touch $@
+
+$(PEERS): benches/compare/requirements.txt $(READY)
+	$(PY) -m pip install --requirement benches/compare/requirements.txt
 	@touch $@
 
 # Stamped with the time at which the build began: a source saved meanwhile is built the next time.

@@ -37,6 +37,7 @@ SECTIONS = {
     "batches": "one item of a BatchTask",
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
+    "breakers": "a circuit breaker around a call that returns at once",
     "import_and_memory": "import, and memory of one of 10,000 runs or branches",
 }
 """The headings, by the name of the file; in the order of the report."""
@@ -84,6 +85,10 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("1,000 branches that sleep(0), as tasks", "asyncio.gather"): Target("faster", 1.15),
     ("1,000 branches that await a future, as tasks", "asyncio.gather"): Target("faster", 1.15),
     ("branch that waits, memory allocated", "asyncio.gather"): Target("time", 1),
+    ("added to a call, by hand", OURS): Target("own", 150e-9),
+    ("added to a call, beside pybreaker", "pybreaker"): Target("faster", 8),
+    ("added to a call, beside aiobreaker", "aiobreaker"): Target("faster", 8),
+    ("added to a call, beside purgatory", "purgatory"): Target("faster", 8),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),

@@ -954,9 +954,10 @@ def test_end_by_hand():
 
     step(end(KeyError, KeyError(), None))
     assert breaker.state is OPEN
-    for other in (end, breaker.__aexit__):
-        with pytest.raises(ConfigurationError, match="is of no block that has begun and not ended"):
-            other(None, None, None)
+    with pytest.raises(ConfigurationError, match="the permit has been used"):
+        end(None, None, None)
+    with pytest.raises(ConfigurationError, match="no async with block has begun that this __aexit__ could end"):
+        breaker.__aexit__(None, None, None)
 
 
 def test_blocks_in_threads():

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from benches.pure_python import breaker as pure_python
 from cano import CircuitBreaker, CircuitOpenError, CircuitPolicy, ConfigurationError, _core
 
 SUCCESS, FAILURE, IGNORED, DROPPED = "success", "failure", "ignored", "dropped"
@@ -230,6 +231,42 @@ class TestBreakerAgainstModel(BreakerAgainstModel.TestCase):
 
     settings = settings(deadline=None, max_examples=1000, stateful_step_count=50)
     pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_opponent_of_the_benchmarks(seed):
+    """The breaker in plain Python that the benchmarks compare with does the same work."""
+    dice, now = random.Random(seed), 1000
+    options = {"failure_threshold": dice.randint(1, 3), "reset_timeout": 5, "half_open_max_calls": dice.randint(1, 3)}
+    ours = CircuitBreaker(CircuitPolicy(**options, probe_timeout=4))
+    theirs = pure_python.CircuitBreaker(**options, probe_timeout=4, clock=lambda: now)
+    permits, states = [], set()
+
+    try:
+        for _ in range(500):
+            roll = dice.random()
+            if roll < 0.4:
+                _core.set_virtual_time(now)
+                try:
+                    permits.append((ours.try_acquire(), theirs.try_acquire()))
+                except CircuitOpenError as refusal:
+                    with pytest.raises(pure_python.CircuitOpenError) as caught:
+                        theirs.try_acquire()
+                    assert refusal.retry_after == caught.value.retry_after  # noqa: PT017 - of both
+            elif roll < 0.8 and permits:
+                permit, same = permits.pop(dice.randrange(len(permits)))
+                outcome = dice.choice(["record_success", "record_failure", "record_ignored"])
+                getattr(ours, outcome)(permit)
+                getattr(theirs, outcome)(same)
+            else:
+                now += dice.randint(1, 3)
+                _core.set_virtual_time(now)
+            states.add(theirs.state)
+            assert str(ours.state) == theirs.state
+    finally:
+        _core.set_virtual_time(None)
+
+    assert states == {"closed", "open", "half-open"}
 
 
 # Threads

@@ -150,11 +150,11 @@ pub struct Change {
     pub to: State,
 }
 
-/// The right to make one call, to be given back to the same breaker with the call's outcome.
+/// The right to make one call, to be given back to the same breaker with the call's outcome, once.
 ///
 /// A permit that is never given back costs nothing while the breaker is closed, and a probe's place
 /// until `probe_timeout`.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Permit {
     epoch: u64,
     started: Moment,

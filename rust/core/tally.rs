@@ -81,6 +81,7 @@ impl Tally {
     }
 
     /// Books one call, and says what counts from here on.
+    #[inline]
     pub(super) fn book(&mut self, call: Counts, now: Moment) -> Counts {
         match self {
             Self::Streak(streak) => {

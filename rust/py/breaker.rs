@@ -11,7 +11,8 @@
 //! permit: one that is dropped without having ended drops it, too. An `__aenter__` that has no such end refuses.
 
 use std::cell::Cell;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
@@ -35,26 +36,51 @@ impl Gate {
     fn lock(&self) -> MutexGuard<'_, Breaker> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    #[inline]
-    fn record(&self, permit: Permit, outcome: Outcome) -> Option<Change> {
-        let mut breaker = self.lock();
-        let is_timed = outcome == Outcome::Failure || breaker.needs_time();
-        breaker.record(permit, outcome, if is_timed { now() } else { Moment::default() })
-    }
 }
 
-/// A permit that knows its breaker; dropped, it is given back as ignored.
+/// A permit that knows its breaker; dropped without an outcome, it is given back as ignored.
 pub(super) struct Grant {
     gate: Arc<Gate>,
-    permit: Option<Permit>,
+    permit: Permit,
+    /// Under the lock of the gate.
+    is_used: AtomicBool,
+}
+
+impl Grant {
+    #[inline]
+    fn give_back(&self, outcome: Outcome) -> Result<Option<Change>, Misuse> {
+        let mut breaker = self.gate.lock();
+        if self.is_used.load(Relaxed) {
+            return Err(Misuse::Again);
+        }
+        self.is_used.store(true, Relaxed);
+        let is_timed = outcome == Outcome::Failure || breaker.needs_time();
+        let now = if is_timed { now() } else { Moment::default() };
+        Ok(breaker.record(self.permit, outcome, now))
+    }
 }
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        if let Some(permit) = self.permit.take() {
-            self.gate.record(permit, Outcome::Ignored); // never a change of state
+        if !*self.is_used.get_mut() {
+            self.give_back(Outcome::Ignored).ok(); // never a change of state
         }
+    }
+}
+
+/// Why a permit is not taken back.
+#[derive(Clone, Copy)]
+pub(super) enum Misuse {
+    Again,
+    Elsewhere,
+}
+
+impl From<Misuse> for PyErr {
+    fn from(misuse: Misuse) -> PyErr {
+        ConfigurationError::new_err(match misuse {
+            Misuse::Again => "the permit has been used; it is good for one call and one outcome",
+            Misuse::Elsewhere => "the permit is of another circuit breaker; each takes back its own",
+        })
     }
 }
 
@@ -70,18 +96,22 @@ pub(super) struct PyBreaker {
 }
 
 impl PyBreaker {
-    /// Lets a call through, or refuses it with `CircuitOpenError`.
+    /// Lets a call through, or refuses it with `CircuitOpenError`. It may call Python, as `settle` may: `on_change`.
     #[inline]
     pub(super) fn admit(slf: &Bound<'_, Self>) -> PyResult<Grant> {
+        let permit = Self::ask(slf)?;
+        Ok(Grant { gate: Arc::clone(&slf.get().gate), permit, is_used: AtomicBool::new(false) })
+    }
+
+    fn ask(slf: &Bound<'_, Self>) -> PyResult<Permit> {
         let this = slf.get();
         let mut breaker = this.gate.lock();
         let now = if breaker.needs_time() { now() } else { Moment::default() };
         match breaker.acquire(now) {
             Admission::Admitted { permit, change } => {
                 drop(breaker);
-                let grant = Grant { gate: Arc::clone(&this.gate), permit: Some(permit) };
                 Self::announce(slf, change);
-                Ok(grant)
+                Ok(permit)
             }
             Admission::Rejected { .. } => {
                 let snapshot = breaker.snapshot(now);
@@ -91,13 +121,15 @@ impl PyBreaker {
         }
     }
 
-    /// Takes back what `admit` of the same breaker has granted.
+    /// Takes back what `admit` has granted.
     #[inline]
-    pub(super) fn settle(slf: &Bound<'_, Self>, mut grant: Grant, outcome: Outcome) {
-        if let Some(permit) = grant.permit.take() {
-            let change = grant.gate.record(permit, outcome);
-            Self::announce(slf, change);
+    pub(super) fn settle(slf: &Bound<'_, Self>, grant: &Grant, outcome: Outcome) -> Result<(), Misuse> {
+        if !Arc::ptr_eq(&grant.gate, &slf.get().gate) {
+            return Err(Misuse::Elsewhere);
         }
+        let change = grant.give_back(outcome)?;
+        Self::announce(slf, change);
+        Ok(())
     }
 
     /// The error that a call would get at this moment; looking changes nothing.
@@ -152,9 +184,7 @@ impl PyBreaker {
             let wanted = "permit must be a Permit that try_acquire() has returned";
             return Err(ConfigurationError::new_err(format!("{wanted}, got {}", show(permit)?)));
         };
-        let grant = permit.get().take(&slf.get().gate)?;
-        Self::settle(slf, grant, outcome);
-        Ok(())
+        Ok(Self::settle(slf, &permit.get().0, outcome)?)
     }
 }
 
@@ -199,7 +229,7 @@ impl PyBreaker {
     }
 
     fn try_acquire(slf: &Bound<'_, Self>) -> PyResult<PyPermit> {
-        Ok(PyPermit(Mutex::new(Some(Self::admit(slf)?))))
+        Ok(PyPermit(Self::admit(slf)?))
     }
 
     fn record_success(slf: &Bound<'_, Self>, permit: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -248,7 +278,8 @@ impl PyBreaker {
                 "a circuit breaker is entered by async with; to do it by hand, use try_acquire() and a permit",
             ));
         };
-        block.put(Self::admit(slf)?);
+        let grant = Self::admit(slf)?;
+        block.grant.get_or_init(|| grant);
         Done::get(slf.py())
     }
 
@@ -271,54 +302,26 @@ impl PyBreaker {
 
 /// The right to make one call.
 #[pyclass(frozen, module = "cano", name = "Permit")]
-pub(super) struct PyPermit(Mutex<Option<Grant>>);
-
-impl PyPermit {
-    /// The grant, if it is of this breaker and still there.
-    fn take(&self, gate: &Arc<Gate>) -> PyResult<Grant> {
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*slot {
-            Some(grant) if !Arc::ptr_eq(&grant.gate, gate) => {
-                Err(ConfigurationError::new_err("the permit is of another circuit breaker; each takes back its own"))
-            }
-            Some(_) | None => slot.take().ok_or_else(|| {
-                ConfigurationError::new_err("the permit has been used; it is good for one call and one outcome")
-            }),
-        }
-    }
-}
+pub(super) struct PyPermit(Grant);
 
 #[pymethods]
 impl PyPermit {
     fn __repr__(&self) -> &'static str {
-        let slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() { "<Permit, unused>" } else { "<Permit, used>" }
+        if self.0.is_used.load(Relaxed) { "<Permit, used>" } else { "<Permit, unused>" }
     }
 }
 
-/// What an `async with` block has of its own: the permit, between its begin and its end.
+/// What an `async with` block has of its own: a permit, once it has begun.
 #[derive(Default)]
 struct Block {
     /// The breaker that `__aexit__` was looked up on; none if it was looked up on the class.
     gate: Option<Arc<Gate>>,
-    grant: Mutex<Option<Grant>>,
+    grant: OnceLock<Grant>,
 }
 
 impl Block {
     fn is_of(&self, gate: &Arc<Gate>) -> bool {
         self.gate.as_ref().is_none_or(|own| Arc::ptr_eq(own, gate))
-    }
-
-    fn put(&self, grant: Grant) {
-        let before = self.grant.lock().unwrap_or_else(PoisonError::into_inner).replace(grant);
-        drop(before);
-    }
-
-    fn take(&self, gate: &Arc<Gate>) -> PyResult<Grant> {
-        let grant = self.grant.lock().unwrap_or_else(PoisonError::into_inner).take();
-        grant.filter(|grant| Arc::ptr_eq(&grant.gate, gate)).ok_or_else(|| {
-            ConfigurationError::new_err("this end of an async with block is of no block that has begun and not ended")
-        })
     }
 }
 
@@ -342,7 +345,7 @@ impl BlockEnd {
         _class: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, Self>> {
         let gate = breaker.map(|breaker| Arc::clone(&breaker.get().gate));
-        let block = Arc::new(Block { gate, grant: Mutex::default() });
+        let block = Arc::new(Block { gate, grant: OnceLock::new() });
         let beginning = Arc::downgrade(&block);
         let end = Bound::new(slf.py(), Self { block, breaker: breaker.map(|breaker| breaker.clone().unbind()) })?;
         BEGINNING.set(Some(beginning));
@@ -363,7 +366,10 @@ impl BlockEnd {
         } else {
             Outcome::Ignored
         };
-        PyBreaker::settle(&breaker, self.block.take(&breaker.get().gate)?, outcome);
+        let grant = self.block.grant.get().ok_or_else(|| {
+            ConfigurationError::new_err("no async with block has begun that this __aexit__ could end")
+        })?;
+        PyBreaker::settle(&breaker, grant, outcome)?;
         Done::get(py)
     }
 

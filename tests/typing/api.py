@@ -11,6 +11,9 @@ from cano import (
     BatchTask,
     BranchOutcome,
     Caught,
+    CircuitBreaker,
+    CircuitPolicy,
+    CircuitState,
     Continue,
     Done,
     FromResources,
@@ -21,6 +24,7 @@ from cano import (
     MemoryStore,
     More,
     Pending,
+    Permit,
     PollErrorPolicy,
     PollTask,
     Ready,
@@ -196,6 +200,19 @@ async def use() -> None:
     assert_type(await run, Order)
     assert_type(workflow.exit_states, frozenset[Order])
     assert_type(RetryMode.exponential(jitter=0), RetryMode)
+
+
+async def guarded() -> int:
+    breaker = CircuitBreaker(3, timedelta(seconds=5), name="payments", on_change=changed)
+    assert_type(breaker.try_acquire(), Permit)
+    assert_type(CircuitBreaker(CircuitPolicy.rate(0.5, calls=10)).state, CircuitState)
+    assert_type(breaker.snapshot().retry_after, float | None)
+    async with breaker:
+        return 1
+
+
+def changed(breaker: CircuitBreaker, old: CircuitState, new: CircuitState) -> None:
+    assert_type(breaker.name, str | None)
 
 
 @Workflow[Order]().task(Order.NEW, config=TaskConfig.minimal(), on_error={Declined: Order.NEW})
