@@ -26,8 +26,7 @@ const NAME_LIMIT: usize = 128;
 fn waiting<'py>(limiter: &Bound<'py, PyAny>, charge: impl IntoPyObject<'py>) -> PyResult<Bound<'py, PyAny>> {
     static ACQUIRE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let py = limiter.py();
-    let acquire =
-        ACQUIRE.get_or_try_init(py, || py.import("cano._limiter")?.getattr("acquire").map(Bound::unbind))?;
+    let acquire = ACQUIRE.get_or_try_init(py, || py.import("cano._limiter")?.getattr("acquire").map(Bound::unbind))?;
     acquire.bind(py).call1((limiter, charge))
 }
 
@@ -158,15 +157,16 @@ impl PyMultiRateLimiter {
 
     /// A call of the tiers that are named; of all where None are.
     fn call(&self, py: Python<'_>, tiers: Option<&Bound<'_, PyAny>>) -> PyResult<Call> {
-        let Some(tiers) = tiers else { return Ok(self.lock().part(py, |_| true)) };
+        let Some(tiers) = tiers else { return Ok(self.lock().only(py, |_| true)) };
         let refused = || wrong_type("tiers", "an iterable of tier names", tiers);
         if tiers.is_instance_of::<PyString>() {
             return Err(refused());
         }
-        let given =
-            tiers.try_iter().map_err(|error| if error.is_instance_of::<PyTypeError>(py) { refused() } else { error })?;
+        let given = tiers
+            .try_iter()
+            .map_err(|error| if error.is_instance_of::<PyTypeError>(py) { refused() } else { error })?;
         let chosen = given.map(|name| self.tier(&name?)).collect::<PyResult<Vec<_>>>()?;
-        Ok(self.lock().part(py, |tier| chosen.contains(&tier)))
+        Ok(self.lock().only(py, |tier| chosen.contains(&tier)))
     }
 
     /// Which tier has the name.

@@ -11,7 +11,11 @@ from cano import (
     JoinConfig,
     JoinError,
     JoinStrategy,
+    LimiterSnapshot,
     MemoryStore,
+    MultiRateLimiter,
+    RateLimiter,
+    RateLimiterPolicy,
     Res,
     Resources,
     RetryMode,
@@ -21,6 +25,8 @@ from cano import (
     Task,
     TaskConfig,
     TaskResult,
+    WindowedRateLimiter,
+    WindowPolicy,
     Workflow,
     in_thread,
 )
@@ -73,6 +79,20 @@ async def use() -> None:
     assert_type(await run, Order)
     assert_type(workflow.exit_states, frozenset[Order])
     assert_type(RetryMode.exponential(jitter=0), RetryMode)
+
+
+async def limit() -> Order:
+    limiter = RateLimiter(RateLimiterPolicy.per_second(10, burst=5), name="api")
+    window = WindowedRateLimiter(WindowPolicy(10, timedelta(days=1)))
+    multi = MultiRateLimiter().with_tier("calls", limiter).with_tier("quota", window, cost=3)
+    assert_type(multi, MultiRateLimiter)
+    await multi.acquire(["calls"])
+    await limiter.acquire(cost=2)
+    assert_type(window.time_until(3), float)
+    assert_type(limiter.policy.capacity, int)
+    assert_type(limiter.snapshot().resets_in, float | None)
+    assert_type(multi.snapshot(), dict[str, LimiterSnapshot])
+    return Order.DONE
 
 
 @Workflow[Order]().task(Order.NEW, config=TaskConfig.minimal())
