@@ -31,6 +31,8 @@ METHOD = (
 SECTIONS = {
     "transitions": "one transition, in a loop of 10,000 through two states or a chain of 10 states",
     "timeouts": "what an attempt timeout of 5 s adds to one attempt",
+    "retries": "what a retry adds to a call that succeeds, in cano with the run around it",
+    "limiters": "what a rate limiter adds to a call that it grants at once",
     "runs": "one run",
     "splits": "one branch of a split, joined by All",
     "decisions": "one branch of a split that is decided or cancelled early, or whose branches raise",
@@ -71,6 +73,9 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("loop, Enum, retry + timeout", "pure Python"): Target("faster", 6),
     ("added to a task that returns at once", "asyncio.timeout"): Target("share", 0.05),
     ("added to a task that suspends once", "asyncio.timeout"): Target("share", 0.15),
+    ("added by a retry", "tenacity"): Target("share", 0.01),
+    ("added by a retry", "stamina"): Target("share", 0.01),
+    ("added by try_acquire", OURS): Target("own", 100e-9),
     ("3 branches that return at once", "asyncio.gather"): Target("faster", 6),
     ("3 branches that await a future", "asyncio.gather"): Target("faster", 1.8),
     ("1,000 branches that return at once", "asyncio.gather"): Target("faster", 10),

@@ -482,9 +482,7 @@ async def test_tiers_have_their_own_cost():
     """Each tier takes its own cost, buckets and windows alike; one of cost 0 never holds a call up."""
     # ML-005
     calls, tokens, inert = bucket(), window(1000, 60), drained(bucket(1, 1))
-    multi = (
-        MultiRateLimiter().with_tier("calls", calls).with_tier("tokens", tokens, 300).with_tier("inert", inert, cost=0)
-    )
+    multi = tiers(calls=calls).with_tier("tokens", tokens, 300).with_tier("inert", inert, cost=0)
 
     for _ in range(3):
         multi.try_acquire()
@@ -830,6 +828,24 @@ def test_first_of_the_line_is_on_a_closed_loop():
         assert in_line(limiter) == 0
 
 
+def test_closed_loop_behind_a_call_that_costs_nothing_here():
+    """A call that waits for another tier, and costs this limiter nothing, hides nobody whose loop is closed."""
+    limiter, log = slow(), Log()
+    elsewhere = MultiRateLimiter().with_tier("free", limiter, 0).with_tier("quota", drained(window(1, 3600)))
+
+    async def end(task: asyncio.Task[None]) -> None:
+        await limiter.acquire()
+        task.cancel()
+
+    with asyncio.Runner() as runner:
+        task = runner.run(log.start("elsewhere", elsewhere))
+        with closed_loop_with(limiter) as close:
+            close()
+            runner.run(end(task))
+
+    assert in_line(limiter) == 0
+
+
 def test_try_behind_a_closed_loop():
     """A try is not refused because somebody waits on a closed loop."""
     limiter, quota = slow(), window()
@@ -1137,7 +1153,7 @@ class LimitersAgainstModel(RuleBasedStateMachine):
             result = act()
             await asyncio.sleep(seconds)
             await asyncio.sleep(HAIR)  # for timers of the same nanosecond, to which a sum of floats may be a hair short
-            while self.loop._ready:  # noqa: ASYNC110 - there is no event for an idle loop
+            while self.loop._ready:  # noqa: ASYNC110 - nothing tells when a loop is idle
                 await asyncio.sleep(0)
             self.model.advance(self.moment())
             self.compare()
@@ -1152,11 +1168,8 @@ class LimitersAgainstModel(RuleBasedStateMachine):
         """The limiter, what to give it, and the charges of the model."""
         if isinstance(call, tuple):
             return self.limiters[call[0]], call[1], [call]
-        return (
-            self.multi,
-            call,
-            [(i, cost if call is None or str(t) in call else 0) for t, (i, cost) in enumerate(TIERS)],
-        )
+        names = set("01234") if call is None else call
+        return self.multi, call, [(i, cost if str(tier) in names else 0) for tier, (i, cost) in enumerate(TIERS)]
 
     async def acquire(self, key, limiter, charge):
         await limiter.acquire(charge)

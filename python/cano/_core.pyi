@@ -859,7 +859,7 @@ class Limiter:
             cost: What the call takes, 0 or more. 0 is always granted.
 
         Raises:
-            RateLimitedError: It is not granted now, and nothing was taken; `retry_after` says how long it takes. Infinity is
+            RateLimitedError: It is not granted now, and nothing was taken. `retry_after` says how long it takes; infinity is
                 for a cost above the capacity, which is never granted.
             ConfigurationError: `cost` is negative or no int.
         """

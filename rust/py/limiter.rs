@@ -157,7 +157,7 @@ impl PyMultiRateLimiter {
 
     /// A call of the tiers that are named; of all where None are.
     fn call(&self, py: Python<'_>, tiers: Option<&Bound<'_, PyAny>>) -> PyResult<Call> {
-        let Some(tiers) = tiers else { return Ok(self.lock().part(py, |_| true)) };
+        let Some(tiers) = tiers else { return Ok(self.lock().only(py, |_| true)) };
         let refused = || wrong_type("tiers", "an iterable of tier names", tiers);
         if tiers.is_instance_of::<PyString>() {
             return Err(refused());
@@ -166,7 +166,7 @@ impl PyMultiRateLimiter {
             .try_iter()
             .map_err(|error| if error.is_instance_of::<PyTypeError>(py) { refused() } else { error })?;
         let chosen = given.map(|name| self.tier(&name?)).collect::<PyResult<Vec<_>>>()?;
-        Ok(self.lock().part(py, |tier| chosen.contains(&tier)))
+        Ok(self.lock().only(py, |tier| chosen.contains(&tier)))
     }
 
     /// Which tier has the name.

@@ -122,12 +122,17 @@ impl Call {
         self.names.push(Some(name));
     }
 
-    /// The same call, charging only some tiers.
-    pub(super) fn part(&self, py: Python<'_>, is_charged: impl Fn(usize) -> bool) -> Self {
-        let cost = |(tier, charge): (usize, &Charge)| if is_charged(tier) { charge.cost } else { 0 };
+    /// The same call, where only some tiers cost anything.
+    pub(super) fn only(&self, py: Python<'_>, is_charged: impl Fn(usize) -> bool) -> Self {
+        let charges = self.charges.iter().enumerate();
         Self {
             limiters: self.limiters.iter().map(|limiter| limiter.clone_ref(py)).collect(),
-            charges: self.charges.iter().enumerate().map(|it| Charge { cost: cost(it), ..*it.1 }).collect(),
+            charges: charges
+                .map(|(tier, &Charge { limiter, cost })| Charge {
+                    limiter,
+                    cost: if is_charged(tier) { cost } else { 0 },
+                })
+                .collect(),
             names: self.names.clone(),
         }
     }
@@ -154,8 +159,10 @@ impl Call {
             let place = acquire(now, limiters, &self.charges);
             if let Ok(Place::Waiting(ticket)) = place {
                 call.get().ticket.get_or_init(|| ticket);
-                for line in lines {
-                    line.insert(ticket, call.clone_ref(py));
+                for (index, line) in lines.iter_mut().enumerate() {
+                    if self.charges.iter().any(|charge| charge.limiter == index && charge.cost > 0) {
+                        line.insert(ticket, call.clone_ref(py));
+                    }
                 }
             }
             place
@@ -176,7 +183,7 @@ impl Call {
         let mut dropped = false;
         for call in heads {
             if call.get().is_closed(py)? {
-                tell(py, call.get().part(py))?;
+                tell(py, call.get().leave_lines(py))?;
                 dropped = true;
             }
         }
@@ -265,48 +272,6 @@ impl WaitingCall {
         self.event_loop.bind(py).call_method0(intern!(py, "is_closed"))?.is_truthy()
     }
 
-    /// Leaves all lines; gives those that are first now.
-    fn part(&self, py: Python<'_>) -> Vec<Py<WaitingCall>> {
-        let ticket = self.ticket();
-        let (heads, _struck) = locked(&self.limiters, |_, limiters, lines| {
-            let heads = leave(limiters, ticket);
-            strike(py, ticket, lines, &heads)
-        });
-        heads
-    }
-}
-
-/// Takes a ticket out of the lines; gives the calls of the heads, and what is to be dropped without a lock.
-fn strike(
-    py: Python<'_>,
-    ticket: Ticket,
-    lines: &mut [&mut Line],
-    heads: &[Head],
-) -> (Vec<Py<WaitingCall>>, Vec<Py<WaitingCall>>) {
-    let struck = lines.iter_mut().filter_map(|line| line.remove(&ticket)).collect();
-    let heads = heads.iter().filter_map(|head| lines[head.limiter].get(&head.ticket));
-    (heads.map(|call| call.clone_ref(py)).collect(), struck)
-}
-
-/// Tells calls that they have become first; one whose loop is closed leaves, and the next is told in its place.
-fn tell(py: Python<'_>, mut calls: Vec<Py<WaitingCall>>) -> PyResult<()> {
-    let mut outcome = Ok(());
-    while let Some(call) = calls.pop() {
-        if let Err(error) = WaitingCall::wake(call.bind(py)) {
-            calls.extend(call.get().part(py));
-            if !error.is_instance_of::<PyRuntimeError>(py) {
-                outcome = outcome.and(Err(error));
-            }
-        }
-    }
-    outcome
-}
-
-fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
-    future.call_method0(intern!(future.py(), "done"))?.is_truthy()
-}
-
-impl WaitingCall {
     /// Lets its coroutine go on, in its own loop; fails if that is closed.
     fn wake(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, event_loop) = (slf.py(), slf.get().event_loop.bind(slf.py()));
@@ -315,6 +280,16 @@ impl WaitingCall {
         }
         let told = slf.getattr(intern!(py, "told"))?;
         event_loop.call_method1(intern!(py, "call_soon_threadsafe"), (told,)).map(drop)
+    }
+
+    /// Leaves all lines; gives those that are first now.
+    fn leave_lines(&self, py: Python<'_>) -> Vec<Py<WaitingCall>> {
+        let ticket = self.ticket();
+        let (heads, _struck) = locked(&self.limiters, |_, limiters, lines| {
+            let heads = leave(limiters, ticket);
+            strike(py, ticket, lines, &heads)
+        });
+        heads
     }
 }
 
@@ -339,7 +314,7 @@ impl WaitingCall {
 
     /// Gives up.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
-        tell(py, self.part(py))
+        tell(py, self.leave_lines(py))
     }
 
     /// It has become first in a line; called in its own loop.
@@ -356,4 +331,34 @@ impl WaitingCall {
         visit.call(&self.event_loop)?;
         self.told.try_lock().map_or(Ok(()), |told| visit.call(&*told))
     }
+}
+
+/// Takes a ticket out of the lines; gives the calls of the heads, and what is to be dropped without a lock.
+fn strike(
+    py: Python<'_>,
+    ticket: Ticket,
+    lines: &mut [&mut Line],
+    heads: &[Head],
+) -> (Vec<Py<WaitingCall>>, Vec<Py<WaitingCall>>) {
+    let struck = lines.iter_mut().filter_map(|line| line.remove(&ticket)).collect();
+    let heads = heads.iter().filter_map(|head| lines[head.limiter].get(&head.ticket));
+    (heads.map(|call| call.clone_ref(py)).collect(), struck)
+}
+
+/// Tells calls that they have become first; one whose loop is closed leaves, and the next is told in its place.
+fn tell(py: Python<'_>, mut calls: Vec<Py<WaitingCall>>) -> PyResult<()> {
+    let mut outcome = Ok(());
+    while let Some(call) = calls.pop() {
+        if let Err(error) = WaitingCall::wake(call.bind(py)) {
+            calls.extend(call.get().leave_lines(py));
+            if !error.is_instance_of::<PyRuntimeError>(py) {
+                outcome = outcome.and(Err(error));
+            }
+        }
+    }
+    outcome
+}
+
+fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
+    future.call_method0(intern!(future.py(), "done"))?.is_truthy()
 }

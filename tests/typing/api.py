@@ -21,12 +21,16 @@ from cano import (
     JoinConfig,
     JoinError,
     JoinStrategy,
+    LimiterSnapshot,
     MemoryStore,
     More,
+    MultiRateLimiter,
     Pending,
     Permit,
     PollErrorPolicy,
     PollTask,
+    RateLimiter,
+    RateLimiterPolicy,
     Ready,
     Res,
     Resources,
@@ -45,6 +49,8 @@ from cano import (
     TaskResult,
     TimerTask,
     Until,
+    WindowedRateLimiter,
+    WindowPolicy,
     Workflow,
     in_thread,
 )
@@ -213,6 +219,20 @@ async def guarded() -> int:
 
 def changed(breaker: CircuitBreaker, old: CircuitState, new: CircuitState) -> None:
     assert_type(breaker.name, str | None)
+
+
+async def limit() -> Order:
+    limiter = RateLimiter(RateLimiterPolicy.per_second(10, burst=5), name="api")
+    window = WindowedRateLimiter(WindowPolicy(10, timedelta(days=1)))
+    multi = MultiRateLimiter().with_tier("calls", limiter).with_tier("quota", window, cost=3)
+    assert_type(multi, MultiRateLimiter)
+    await multi.acquire(["calls"])
+    await limiter.acquire(cost=2)
+    assert_type(window.time_until(3), float)
+    assert_type(limiter.policy.capacity, int)
+    assert_type(limiter.snapshot().resets_in, float | None)
+    assert_type(multi.snapshot(), dict[str, LimiterSnapshot])
+    return Order.DONE
 
 
 @Workflow[Order]().task(Order.NEW, config=TaskConfig.minimal(), on_error={Declined: Order.NEW})
