@@ -81,7 +81,16 @@ pub(super) struct Drive {
 
 impl Drive {
     fn new(state: usize, phase: Phase, program: Program) -> Self {
-        Self { phase, program, state, attempt: 0, fresh: true, unsuspended: 0, handed: Handed::Nothing, timer: Timer::default() }
+        Self {
+            phase,
+            program,
+            state,
+            attempt: 0,
+            fresh: true,
+            unsuspended: 0,
+            handed: Handed::Nothing,
+            timer: Timer::default(),
+        }
     }
 
     /// Runs states from `state` on.
