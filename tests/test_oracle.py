@@ -44,17 +44,19 @@ class Other(Exception):
 
 
 ERRORS = [
-    *(
-        "Oops",
-        "Other",
-        "TypeError",
-        "TimeoutError",
-        "LookupError",
-        "CanoError",
-        "WorkflowError",
-        "JoinError",
-    ),
-    *("InvalidTransitionError", "AttemptTimeoutError", "RetryExhaustedError", "TaskExecutionError", "NonRetryable"),
+    "Oops",
+    "Other",
+    "TypeError",
+    "TimeoutError",
+    "LookupError",
+    "CanoError",
+    "WorkflowError",
+    "JoinError",
+    "InvalidTransitionError",
+    "AttemptTimeoutError",
+    "RetryExhaustedError",
+    "TaskExecutionError",
+    "NonRetryable",
 ]
 """What on_error may name besides Exception."""
 
@@ -193,14 +195,16 @@ class Drawer:
         attempts = st.integers(1, 3)
         visits = 1 if is_branch or not self.rarely() else 2
         leads = "on" if is_branch or not self.rarely() else self.choice("unknown", "nonsense", "exit")
+        config = self.config()
         # What fails again and again must not lead to itself.
-        ends = ("itself",) if leads == "on" and not is_fork else ()
+        fails_for_ever = leads != "on" or is_fork or (config is not None and config["attempt_timeout"] is not None)
+        back = () if fails_for_ever else ("itself",)
         return Step(
             self.name("task"),
             [[self.attempt(waits=waits) for _ in range(self.draw(attempts))] for _ in range(visits)],
-            self.config(),
+            config,
             leads,
-            [] if is_branch else self.on_error("on", "exit", "handler", "handler", *ends),
+            [] if is_branch else self.on_error("on", "exit", "handler", "handler", *back),
         )
 
     def join(self, total: int) -> Join:

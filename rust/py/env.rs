@@ -347,7 +347,7 @@ pub(super) fn arguments<'py>(
         .collect()
 }
 
-/// "CardDeclined | Expired"
+/// "Declined | Expired"
 fn names(classes: &Bound<'_, PyTuple>) -> PyResult<String> {
     let names = classes.iter().map(|class| Ok(class.cast::<PyType>()?.name()?.to_string()));
     Ok(names.collect::<PyResult<Vec<_>>>()?.join(" | "))

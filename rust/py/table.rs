@@ -290,9 +290,7 @@ impl Checked<'_> {
         let state = kind.map(|kind| State { key: key.unbind(), label: label.unbind(), kind, declared, on_error });
         Ok((state, node))
     }
-}
 
-impl Checked<'_> {
     /// Tasks that need a `SplitResult` or an error although none can be there for them.
     fn handed_nothing(&self, py: Python<'_>, states: &[Option<State>]) -> Vec<String> {
         let mut problems = Vec::new();
@@ -357,8 +355,8 @@ impl Factory {
 
 #[pymethods]
 impl Table {
-    /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, on_error), registered states
-    /// first.
+    /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, keys of `on_error`), registered
+    /// states first.
     #[new]
     fn new(py: Python<'_>, subject: &str, entries: Vec<Entry<'_>>, shims: Shims) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
