@@ -5,11 +5,13 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -126,6 +128,40 @@ OUTPUT = {
           charge unlucky, attempt 3
           Payment.QUEUED by way of CHARGE QUEUED
         """,
+    "dynamic_tasks": """\
+        total of 75 records: 6252
+        8 failed, 17 were not needed any more
+        State.DONE
+        """,
+    "queue_consumer": """\
+        10 jobs, 9 done
+          set aside: scan-09.txt
+        10 jobs, 9 done
+          set aside: scan-18.txt
+         5 jobs, 5 done
+         0 jobs, 0 done
+        State.DRAINED
+        """,
+    "recommendations": """\
+        collaborative  after 0.30 s: Dune, Solaris
+        trending       after 0.05 s: Solaris, Momo
+        content-based  failed: content-based is down
+        personalized   was too slow
+        you may like Dune, Solaris, Momo
+        State.DONE
+        """,
+    "replica_writes": """\
+        replicas that are down: []
+          written to 1, 2, 3; 0 failed
+          2 not waited for
+          State.WRITTEN
+        replicas that are down: [2]
+          written to 1, 3, 4; 1 failed
+          1 not waited for
+          State.WRITTEN
+        replicas that are down: [1, 3, 4]
+          not written: replica 1 is down, replica 3 is down, replica 4 is down
+        """,
     "timeout": """\
         a run that may take 2 s:
           fetch, attempt 1: would take 1.0 s, may take 0.2 s
@@ -147,6 +183,7 @@ OUTPUT = {
 def test_short_example_output(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the virtual clock a short example prints exactly this, times included."""
     monkeypatch.setattr(asyncio, "run", testing.run)
+    monkeypatch.setattr(sys, "argv", [name])
 
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
@@ -175,6 +212,36 @@ def test_validation_output() -> None:
 def test_short_example_as_a_script(name: str) -> None:
     """On the real clock a short example says as many lines, and nothing on stderr."""
     assert len(run(f"{name}.py").splitlines()) == len(OUTPUT[name].splitlines()) - 1
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A Redis server of our own, on a socket in a folder."""
+    server = shutil.which("redis-server")
+    if server is None:
+        pytest.skip("needs redis-server")
+    pytest.importorskip("redis")
+    socket_path = tmp_path / "redis"
+    options = ("--port", "0", "--unixsocket", str(socket_path), "--save", "", "--dir", str(tmp_path))
+    with subprocess.Popen([server, *options], stdout=subprocess.DEVNULL) as process:  # noqa: S603 - found on the PATH
+        while not socket_path.exists() and process.poll() is None:
+            time.sleep(0.01)
+        yield f"unix://{socket_path}"
+        process.terminate()
+
+
+@pytest.mark.realtime
+@posix
+def test_queue_consumer_with_redis(redis_url: str) -> None:
+    """The queue may be a Redis list: every job is taken, what fails is set aside in a list of its own."""
+    from redis import Redis  # noqa: PLC0415 - not there without the fixture
+
+    output = run("queue_consumer.py", "--redis", redis_url)
+
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        assert client.llen("jobs") == 0
+        assert client.lrange("jobs:failed", 0, -1) == ["scan-09.txt", "scan-18.txt"]
+    assert output == dedent(OUTPUT["queue_consumer"])
 
 
 # --- ad_exchange -----------------------------------------------------------------------------------------------------

@@ -38,10 +38,13 @@ class BatchTask(Task[S]):
     in which they ended. After these, each method may take parameters that are filled in as those of any task.
 
     Items are asked for when there is room: at most `concurrency` are in flight, and of an asynchronous iterable one more is
-    kept ready. Each item runs with a copy of the context, and with a `RunContext` whose ``branch`` is its index.
+    kept ready. Items that end at once let the loop have a turn after 1,024 of them. Each item runs with a copy of the context
+    that the task had when it loaded, and with a `RunContext` whose ``branch`` is its index. What is iterated is closed when
+    nothing more is wanted of it, by its ``close`` or ``aclose``, as generators, files and cursors have one.
 
     What `load` raises, while the items are read as well, cancels the items in flight and fails the task. A retry of the task
-    (`config`) loads and processes everything again; `item_retry` repeats one item.
+    (`config`) loads and processes everything again; `item_retry` repeats one item. An item that cancels itself has failed
+    with a `TaskExecutionError`; a `BaseException` of an item is no outcome, it ends the run.
 
     Attributes:
         concurrency: How many items may be in flight at once, 1 or more.
@@ -53,7 +56,7 @@ class BatchTask(Task[S]):
         ConfigurationError: When it is registered: an attribute is out of range, or a method is missing or asks for something
             that cannot be filled in.
 
-    Cancellation: the items in flight are cancelled and awaited, and the iterable is closed; `finish` is not called.
+    Cancellation: the items in flight are cancelled and awaited, what is iterated is closed, and `finish` is not called.
 
     Example:
         >>> class Total(BatchTask[str]):
