@@ -17,6 +17,7 @@ import cano
 from cano import (
     After,
     BatchTask,
+    Bulkhead,
     CanoError,
     CircuitBreaker,
     CircuitPolicy,
@@ -35,6 +36,7 @@ from cano import (
     NonRetryable,
     Pending,
     PollErrorPolicy,
+    PollTask,
     RateLimiter,
     RateLimiterPolicy,
     Ready,
@@ -122,6 +124,22 @@ class Batch(BatchTask):
 class Configured(Task):
     def run(self):
         return S.DONE
+
+
+class Polls(PollTask):
+    def poll(self):
+        return Ready(S.DONE)
+
+
+def with_stream(name):
+    """A stream with an attribute."""
+
+    def make(value):
+        stream = Items()
+        setattr(stream, name, value)
+        defined(Workflow().register_stream(S.START, stream))
+
+    return make
 
 
 def with_attribute(kind, name):
@@ -819,6 +837,32 @@ WALK = {
         lambda value: slow_calls(half_open_max_calls=value),
     ),
     "CircuitPolicy.rate.probe_timeout": ("probe_timeout", lambda value: slow_calls(probe_timeout=value)),
+    "Bulkhead.limit": ("limit", Bulkhead),
+    "Bulkhead.name": ("name", lambda value: Bulkhead(1, name=value)),
+    "JoinConfig.hedge_after": (
+        "hedge_after",
+        lambda value: JoinConfig(JoinStrategy.Any, S.DONE, hedge_after=value),
+    ),
+    "JoinConfig.with_hedge_after.seconds": ("hedge_after", JoinConfig(JoinStrategy.Any, S.DONE).with_hedge_after),
+    "PollTask.on_poll_error": ("on_poll_error", with_attribute(Polls, "on_poll_error")),
+    "StreamTask.on_item_error": ("on_item_error", with_stream("on_item_error")),
+    "StreamTask.window": ("window", with_stream("window")),
+    "TaskConfig.circuit_breaker": ("circuit_breaker", lambda value: TaskConfig(circuit_breaker=value)),
+    "TaskConfig.rate_limiter": ("rate_limiter", lambda value: TaskConfig(rate_limiter=value)),
+    "TaskConfig.with_circuit_breaker.breaker": ("circuit_breaker", TaskConfig().with_circuit_breaker),
+    "TaskConfig.with_rate_limiter.limiter": ("rate_limiter", TaskConfig().with_rate_limiter),
+    "Workflow.register_router.on_error": (
+        "on_error",
+        lambda value: Workflow().register_router(S.START, start, on_error=value),
+    ),
+    "Workflow.register_stepped.on_error": (
+        "on_error",
+        lambda value: Workflow().register_stepped(S.START, Steps(Done(S.DONE)), on_error=value),
+    ),
+    "Workflow.register_stream.on_error": (
+        "on_error",
+        lambda value: Workflow().register_stream(S.START, Items(), on_error=value),
+    ),
     "BatchTask.concurrency": ("concurrency", with_attribute(Batch, "concurrency")),
     "BatchTask.item_retry": ("item_retry", with_attribute(Batch, "item_retry")),
     "BatchTask.item_timeout": ("item_timeout", with_attribute(Batch, "item_timeout")),

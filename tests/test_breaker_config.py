@@ -63,7 +63,8 @@ def failures(count: int) -> list[Oops]:
 
 
 async def test_success_and_failure_are_told() -> None:
-    """CB-003, CB-025: an attempt's outcome is recorded before its result is returned; a success starts the count anew."""
+    """An attempt's outcome is recorded before its result is returned; a success starts the count anew."""
+    # CB-003, CB-025
     breaker = CircuitBreaker(2)
     workflow = guarded(Service(Oops(), "end", Oops(), Oops()), breaker)
 
@@ -80,7 +81,8 @@ async def test_success_and_failure_are_told() -> None:
 
 
 async def test_open_breaker_spares_the_task() -> None:
-    """CB-020: the task is not called, the error is bare, and no attempt is used."""
+    """The task is not called, the error is bare, and no attempt is used."""
+    # CB-020
     breaker = CircuitBreaker(1, name="payments")
     breaker.force_open()
     service = Service()
@@ -94,7 +96,8 @@ async def test_open_breaker_spares_the_task() -> None:
 
 
 async def test_tripping_in_mid_loop_stops_the_loop() -> None:
-    """CB-021: a threshold of 2 and 5 retries make 2 calls and a bare CircuitOpenError."""
+    """A threshold of 2 and 5 retries make 2 calls and a bare CircuitOpenError."""
+    # CB-021
     service = Service(*failures(6))
 
     with pytest.raises(CircuitOpenError) as caught:
@@ -105,7 +108,8 @@ async def test_tripping_in_mid_loop_stops_the_loop() -> None:
 
 
 async def test_timed_out_attempt_is_a_failure() -> None:
-    """CB-022."""
+    """An attempt that takes too long is counted like one that raised."""
+    # CB-022
     breaker = CircuitBreaker(1)
 
     with pytest.raises(AttemptTimeoutError):
@@ -116,7 +120,8 @@ async def test_timed_out_attempt_is_a_failure() -> None:
 
 @pytest.mark.virtual
 async def test_fresh_call_after_the_reset_time_closes_it() -> None:
-    """CB-023: also from within the retry loop, whose pause is longer than the reset time."""
+    """Once the reset time has passed a success closes it, also within the retry loop."""
+    # CB-023
     breaker = CircuitBreaker(1, reset_timeout=10.0)
     service = Service(Oops())
 
@@ -127,7 +132,8 @@ async def test_fresh_call_after_the_reset_time_closes_it() -> None:
 
 
 async def test_one_breaker_is_shared() -> None:
-    """CB-017: the failures of one task open it for another, whose body is not called."""
+    """The failures of one task open it for another, whose body is not called."""
+    # CB-017
     breaker = CircuitBreaker(1)
     other = Service()
     with pytest.raises(Oops):
@@ -172,7 +178,8 @@ async def test_attempt_that_is_cut_counts_as_neither(ends: str, state: str) -> N
 
 
 async def test_half_open_lets_one_of_many_runs_through() -> None:
-    """CB-006: of runs that start together, one is the probe."""
+    """Of runs that start together, one is the probe."""
+    # CB-006
     breaker = CircuitBreaker(1, reset_timeout=0.001)
     with pytest.raises(Oops):
         await guarded(Service(Oops()), breaker).orchestrate("start")

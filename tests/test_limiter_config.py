@@ -60,7 +60,8 @@ def limited(limiter: object, *, fails: int = 0, **options: object) -> tuple[Work
     ids=["bucket", "window", "multi"],
 )
 async def test_attempts_wait_for_their_turn(limiter) -> None:
-    """RL-004: three runs at once take a second each after the first, whichever kind of limiter it is."""
+    """Three runs at once take a second each after the first, whichever kind of limiter it is."""
+    # RL-004
     workflow, moments = limited(limiter())
 
     await asyncio.gather(*(workflow.orchestrate("start") for _ in range(3)))

@@ -209,7 +209,7 @@ impl Drive {
                 Step::Raised(error) => return self.raised(run, Work::Attempt, error),
             };
             if let (Some(grant), Some(breaker)) = (self.grant.take(), task.breaker()) {
-                PyBreaker::settle(breaker.bind(py), grant, Outcome::Success);
+                PyBreaker::settle(breaker.bind(py), &grant, Outcome::Success)?;
             }
             match table.by_identity(&value) {
                 Some(next) if entry.may_lead_to(next) => {
@@ -301,7 +301,8 @@ impl Drive {
         if let Some(task) = self.task(run)
             && let Some(breaker) = task.get().breaker()
         {
-            PyBreaker::settle(breaker.bind(run.py()), grant, outcome);
+            // A grant is taken from where it is kept, so it is used once, and by the breaker that gave it.
+            PyBreaker::settle(breaker.bind(run.py()), &grant, outcome).ok();
         }
     }
 
