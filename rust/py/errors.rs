@@ -3,6 +3,7 @@
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyString;
 
 use crate::core::error::Error;
 
@@ -43,10 +44,13 @@ pub(super) fn show(value: &Bound<'_, PyAny>) -> PyResult<String> {
     helper(value.py(), &SHOW, "show")?.call1((value,))?.extract()
 }
 
-/// Refuses a text that is empty, longer than `limit` bytes or not printable.
-pub(super) fn check_text(name: &str, text: &Bound<'_, PyAny>, limit: usize) -> PyResult<()> {
+/// Refuses what is no printable text of 1 to `limit` bytes.
+pub(super) fn check_text(what: &str, text: &Bound<'_, PyAny>, limit: usize) -> PyResult<()> {
     static CHECK_TEXT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    helper(text.py(), &CHECK_TEXT, "check_text")?.call1((name, text, limit)).map(drop)
+    if !text.is_instance_of::<PyString>() {
+        return Err(ConfigurationError::new_err(format!("{what} must be a text, got {}", show(text)?)));
+    }
+    helper(text.py(), &CHECK_TEXT, "check_text")?.call1((what, text, limit)).map(drop)
 }
 
 /// The name of a state in messages and keys.

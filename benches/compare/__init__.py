@@ -1,0 +1,1 @@
+"""The libraries that cano is compared with, pinned in requirements.txt; `make bench` installs them."""
