@@ -1,7 +1,5 @@
 """What a retry adds to a call that succeeds; for cano that is all that a run with one adds to awaiting the task by hand."""
 
-import importlib
-import importlib.util
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import thread_time
@@ -43,22 +41,21 @@ def by_hand(task: Task) -> Task:
 
 
 def with_tenacity(task: Task) -> Task:
-    tenacity = importlib.import_module("tenacity")
+    tenacity = pytest.importorskip("tenacity", reason="tenacity is not installed: make peers")
     wait = tenacity.wait_random_exponential(multiplier=0.1, max=30)
     return by_hand(tenacity.retry(stop=tenacity.stop_after_attempt(4), wait=wait)(task))
 
 
 def with_stamina(task: Task) -> Task:
-    stamina = importlib.import_module("stamina")
+    stamina = pytest.importorskip("stamina", reason="stamina is not installed: make peers")
     return by_hand(stamina.retry(on=Exception, attempts=4, timeout=None)(task))
 
 
-def test_retry(versus):
+PEERS = {"tenacity": with_tenacity, "stamina": with_stamina}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_retry(versus, peer):
     task = task_of_a_loop()
-    wrapped = {"cano": with_cano(task)}
-    if importlib.util.find_spec("tenacity"):
-        wrapped["tenacity"] = with_tenacity(task)
-    if importlib.util.find_spec("stamina"):
-        wrapped["stamina"] = with_stamina(task)
-    pairs = {name: (loop, by_hand(task)) for name, loop in wrapped.items()}
-    versus.added("added by a retry", pairs, returns="done", per=CALLS)
+    pairs = {"cano": (with_cano(task), by_hand(task)), peer: (PEERS[peer](task), by_hand(task))}
+    versus.added(f"added by a retry, beside {peer}", pairs, returns="done", per=CALLS)

@@ -2,7 +2,7 @@
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt, PyString};
+use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt};
 
 use crate::core::time::Nanos;
 
@@ -46,9 +46,6 @@ pub(super) fn cost(value: &Bound<'_, PyAny>) -> PyResult<u64> {
 
 /// A printable text of 1 to `limit` bytes.
 pub(super) fn text(name: &str, value: &Bound<'_, PyAny>, limit: usize) -> PyResult<String> {
-    if !value.is_instance_of::<PyString>() {
-        return Err(refused(name, "a text", value));
-    }
     check_text(name, value, limit)?;
     value.extract()
 }
