@@ -37,7 +37,7 @@ SECTIONS = {
     "batches": "one item of a BatchTask",
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
-    "import_and_memory": "import, and memory of one of 10,000 runs or branches",
+    "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
 
