@@ -124,6 +124,29 @@ async def main(used, count):
 asyncio.run(main({used}, 10_000))
 """
 
+BATCH = """
+import asyncio, gc, os
+from benches.test_batches import ITEMS, batch, gather_behind_semaphore, pulling_workers
+
+most = 0
+
+def resident():
+    with open("/proc/self/statm") as memory:
+        return int(memory.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+async def work(item):
+    global most
+    await asyncio.sleep(0)
+    if item % 500 == 499:
+        most = max(most, resident())
+    return 1
+
+gc.collect()
+before = resident()
+assert len(asyncio.run({contender}(work)())) == ITEMS
+print((most - before) / ITEMS)
+"""
+
 
 @pytest.fixture(scope="module")
 def child(tmp_path_factory):
@@ -176,3 +199,14 @@ def test_branch_in_flight(versus, child, used):
         "pure Python": child(BRANCHES, contender="split(pure_python, branches)", used=used),
     }
     versus.sampled(f"branch that waits, memory {used}", contenders, unit="B", rounds=2)
+
+
+def test_item_of_a_batch(versus, child):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    contenders = {
+        "cano": child(BATCH, contender="batch"),
+        "semaphore + gather": child(BATCH, contender="gather_behind_semaphore"),
+        "workers that pull": child(BATCH, contender="pulling_workers"),
+    }
+    versus.sampled("item of 10,000 in a batch, most memory resident", contenders, unit="B", rounds=5)
