@@ -40,7 +40,6 @@ SECTIONS = {
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
-    "import_and_memory": "import, and memory of one of 10,000 runs or branches",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
