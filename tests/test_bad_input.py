@@ -14,6 +14,7 @@ import pytest
 
 import cano
 from cano import (
+    Bulkhead,
     CanoError,
     ConfigurationError,
     DuplicateResourceError,
@@ -197,6 +198,7 @@ def cases(*groups):
         ("base", lambda value: RetryMode.exponential(1, value, max_delay=1), [1.5, timedelta(seconds=2)]),
         ("bulkhead", ALL.with_bulkhead, [0, -1, True, 1.0, "2", [1]]),
         ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value), [0, -1, True, 1.0, "2"]),
+        ("limit", Bulkhead, [0, -1, 1_000_000_001, *NOT_A_COUNT]),
         ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value), [0, 1, None, "yes"]),
     ),
 )
@@ -216,6 +218,7 @@ def test_number_out_of_range(name, call, value):
         pytest.param(lambda value: RetryMode.exponential(jitter=value), 1, id="full jitter"),
         pytest.param(lambda value: RetryMode.exponential(1, value, max_delay=value), 0, id="base of nothing"),
         pytest.param(ALL.with_bulkhead, 10**30, id="bulkhead beyond any split"),
+        pytest.param(Bulkhead, 1_000_000_000, id="shared bulkhead"),
     ],
 )
 def test_number_at_its_limit(call, value):
@@ -570,6 +573,8 @@ def starting(**options):
 
 # For each parameter: the words by which a refusal may name it, and a call that gives it a value.
 WALK = {
+    "Bulkhead.limit": ("limit", Bulkhead),
+    "Bulkhead.name": ("name", lambda value: repr(Bulkhead(1, name=value))),
     "FromResources.from_resources.resources": ("resources", Deps.from_resources),
     "HealthStatus.level": ("level", HealthStatus),
     "HealthStatus.reason": ("reason", lambda value: HealthStatus("degraded", value)),
@@ -579,8 +584,10 @@ WALK = {
     "JoinConfig.next_state": ("next_state", lambda value: JoinConfig(JoinStrategy.All, value)),
     "JoinConfig.timeout": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
     "JoinConfig.bulkhead": ("bulkhead", lambda value: JoinConfig(JoinStrategy.All, S.DONE, bulkhead=value)),
+    "JoinConfig.hedge_after": ("hedge_after", lambda value: JoinConfig(JoinStrategy.Any, S.DONE, hedge_after=value)),
     "JoinConfig.fail_fast": ("fail_fast", lambda value: JoinConfig(JoinStrategy.All, S.DONE, fail_fast=value)),
     "JoinConfig.with_bulkhead.limit": ("bulkhead", ALL.with_bulkhead),
+    "JoinConfig.with_hedge_after.seconds": ("hedge_after", JoinConfig(JoinStrategy.Any, S.DONE).with_hedge_after),
     "JoinConfig.with_next_state.state": ("next_state", ALL.with_next_state),
     "JoinConfig.with_timeout.seconds": ("timeout", ALL.with_timeout),
     "JoinStrategy.PartialResults.n": ("n ", JoinStrategy.PartialResults),

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import copy
-import enum
 import gc
 import inspect
 import os
@@ -64,7 +63,9 @@ async def forever() -> None:
     await asyncio.get_running_loop().create_future()
 
 
-def split(tasks: Any, bulkhead: Bulkhead | int, strategy: JoinStrategy = ALL, joined: Any = None, **options: Any) -> Any:
+def split(
+    tasks: Any, bulkhead: Bulkhead | int, strategy: JoinStrategy = ALL, joined: Any = None, **options: Any
+) -> Any:
     """A workflow of a split, the state it joins into, and the end."""
     return (
         Workflow[str]()
@@ -74,7 +75,9 @@ def split(tasks: Any, bulkhead: Bulkhead | int, strategy: JoinStrategy = ALL, jo
     )
 
 
-def run_split(tasks: Any, bulkhead: Bulkhead | int, strategy: JoinStrategy = ALL, **options: Any) -> "asyncio.Task[str]":
+def run_split(
+    tasks: Any, bulkhead: Bulkhead | int, strategy: JoinStrategy = ALL, **options: Any
+) -> "asyncio.Task[str]":
     return asyncio.create_task(split(tasks, bulkhead, strategy, **options).orchestrate("split"))
 
 
@@ -148,14 +151,14 @@ def test_cannot_be_changed() -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1_000_000_001, 2**70, 1.0, True, "1", None, [1]], ids=repr)
 def test_limit_out_of_range(limit: Any) -> None:
     """A limit is an int from 1 to 1,000,000,000."""
-    with pytest.raises(ConfigurationError, match="^limit must be "):
+    with pytest.raises(ConfigurationError, match=r"^limit must be "):
         Bulkhead(limit)
 
 
 @pytest.mark.parametrize("name", ["", 5, b"x", "a\nb", "x" * 129], ids=str)
 def test_name_out_of_range(name: Any) -> None:
     """A name is a printable text of 1 to 128 bytes."""
-    with pytest.raises(ConfigurationError, match="^name must "):
+    with pytest.raises(ConfigurationError, match=r"^name must "):
         Bulkhead(1, name=name)
 
 

@@ -1441,7 +1441,9 @@ def test_strategy_refused(make: Callable[[], object], text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        pytest.param({"bulkhead": 0}, "bulkhead must be an int of at least 1, or a Bulkhead, got 0", id="bulkhead 0"),  # WF-010
+        pytest.param(
+            {"bulkhead": 0}, "bulkhead must be an int of at least 1, or a Bulkhead, got 0", id="bulkhead 0"
+        ),  # WF-010
         pytest.param({"bulkhead": -1}, "-1", id="bulkhead -1"),
         pytest.param({"bulkhead": True}, "True", id="bulkhead True"),
         pytest.param({"bulkhead": 2.0}, "2.0", id="bulkhead 2.0"),

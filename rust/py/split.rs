@@ -140,6 +140,8 @@ pub(super) struct Split {
     /// The state that a fork's branches run up to.
     until: usize,
     bulkhead: usize,
+    /// Whether `gates` hold branches back as well.
+    is_gated: bool,
     /// The parent's context, for branches that are started later; None where all start at once.
     context: Option<Py<PyAny>>,
     event_loop: Py<PyAny>,
@@ -169,6 +171,7 @@ impl Split {
                 task: None,
             })
             .collect();
+        let gates = Gates::of(py, spec);
         let split = Bound::new(
             py,
             Split {
@@ -176,6 +179,7 @@ impl Split {
                 scope: Arc::new(scope),
                 until: spec.next,
                 bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
+                is_gated: gates.is_some(),
                 context: spec.starts_late().then(|| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
@@ -183,7 +187,7 @@ impl Split {
                     branches,
                     join,
                     next: 0,
-                    gates: Gates::of(py, spec),
+                    gates,
                     alive: 0,
                     waiter: None,
                     timer: None,
@@ -223,7 +227,7 @@ impl Split {
                     return None;
                 }
                 let index = state.next;
-                if state.gates.as_mut().is_some_and(|gates| !gates.admit(slf, index)) {
+                if this.is_gated && !Self::passes_gates(slf, state) {
                     return None;
                 }
                 state.next += 1;
@@ -240,12 +244,11 @@ impl Split {
             }
         }
         DEPTH.set(DEPTH.get() - 1);
-        let is_gated = this.state.with(py, |state| {
+        this.state.with(py, |state| {
             state.is_starting = false;
             state.last_end = None;
-            state.gates.is_some()
         });
-        if is_gated {
+        if this.is_gated {
             Self::arm_hedging(slf);
         }
     }
@@ -358,8 +361,7 @@ impl Split {
             state.last_end = state.is_starting.then_some(now);
             let branch = &mut state.branches[index];
             branch.ended.elapsed = now - branch.ended.elapsed;
-            let slot = state.gates.as_mut().and_then(|gates| gates.branch_ended(counted));
-            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take(), slot);
+            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take());
             state.join.branch_ended(counted);
             if let Some(fatal) = fatal
                 && state.interrupted.is_none()
@@ -369,6 +371,9 @@ impl Split {
             (was_going_on, state.goes_on(), dropped)
         });
         drop(dropped);
+        if self.is_gated {
+            self.passed_gates(py, counted);
+        }
         if was_going_on && !goes_on {
             self.cancel_rest(py, None);
         }
@@ -435,8 +440,7 @@ impl Split {
             (waiter, state.is_told)
         });
         let Some(waiter) = waiter else { return Ok(()) };
-        let at_once =
-            may_go_on && !is_told && self.is_native() && branch::is_free(self.event_loop(py))?;
+        let at_once = may_go_on && !is_told && self.is_native() && branch::is_free(self.event_loop(py))?;
         Waiter::resolve(waiter.bind(py), at_once)
     }
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, assert_type
 
 from cano import (
     BranchOutcome,
+    Bulkhead,
     FromResources,
     JoinConfig,
     JoinError,
@@ -65,6 +66,15 @@ async def use() -> None:
     join = JoinConfig(JoinStrategy.Quorum(2), Order.DONE, timeout=1).with_bulkhead(4)
     assert_type(join, JoinConfig[Order])
     assert_type(workflow.register(Order.NEW, read), Workflow[Order])
+    bulkhead = Bulkhead(4, name="database")
+    assert_type(join.with_bulkhead(bulkhead), JoinConfig[Order])
+    assert_type(
+        JoinConfig(JoinStrategy.Any, Order.DONE, bulkhead=bulkhead, hedge_after=0.1).bulkhead, int | Bulkhead | None
+    )
+    assert_type(join.with_hedge_after(timedelta(seconds=1)), JoinConfig[Order])
+    async with bulkhead as entered:
+        assert_type(entered, None)
+        assert_type(bulkhead.waiting, int)
     workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
     assert_type(await workflow.orchestrate(Order.NEW, timeout=timedelta(seconds=3)), Order)
     run = workflow.start(Order.NEW)
