@@ -91,7 +91,7 @@ def split(
     branches: Sequence[Body],
     *,
     strategy: str = "All",
-    bulkhead: int | None = None,
+    bulkhead: Any = None,
     read: Callable[[Any], Any] | None = None,
 ) -> Contender:
     """A workflow with one split; it returns what `read` makes of the result, by default the list of values."""

@@ -48,6 +48,7 @@ def test_bulkhead(versus, kind):
     these = bodies(kind, 10_000)
     contenders = {
         "cano": split(cano, these, bulkhead=100),
+        "cano, shared Bulkhead(100)": split(cano, these, bulkhead=cano.Bulkhead(100)),
         "semaphore + gather": gather_behind_semaphore(these, bulkhead=100),
         "workers that pull": pulling_workers(these, bulkhead=100),
         "pure Python": split(pure_python, these, bulkhead=100),

@@ -18,7 +18,7 @@ use crate::core::join::Outcome;
 use super::asyncio::disarm;
 use super::branch;
 use super::bulkhead::{Grant, PyBulkhead, Slot, Waiting};
-use super::split::Split;
+use super::split::{Split, State};
 use super::table::JoinSpec;
 
 struct Shared {
@@ -58,48 +58,6 @@ impl Gates {
         Some(Box::new(Self { shared, hedging }))
     }
 
-    /// Whether another branch may start after so many; it has its slot then, else the split is in the line if that is why.
-    pub(super) fn admit(&mut self, split: &Bound<'_, Split>, started: usize) -> bool {
-        if self.hedging.as_ref().is_some_and(|hedging| !hedging.rule.is_due(started)) {
-            return false;
-        }
-        let Some(shared) = &mut self.shared else { return true };
-        let slot = match (shared.granted.take(), shared.ticket) {
-            (Some(slot), _) => slot,
-            (None, Some(_)) => return false,
-            (None, None) => {
-                let waiting = || Waiting {
-                    event_loop: split.get().event_loop(split.py()).clone().unbind(),
-                    who: split.clone().into_any().unbind(),
-                };
-                match PyBulkhead::acquire(shared.bulkhead.bind(split.py()), waiting) {
-                    Ok(slot) => slot,
-                    Err(ticket) => {
-                        shared.ticket = Some(ticket);
-                        return false;
-                    }
-                }
-            }
-        };
-        shared.slots.push(slot);
-        true
-    }
-
-    /// Books the end of a branch. Its slot is to be dropped, unless it is this split's turn again.
-    pub(super) fn branch_ended(&mut self, outcome: Outcome) -> Option<Slot> {
-        if let Some(hedging) = &mut self.hedging {
-            hedging.rule.branch_ended(outcome);
-        }
-        let shared = self.shared.as_mut()?;
-        let slot = shared.slots.pop()?;
-        if shared.ticket.is_some_and(|ticket| shared.bulkhead.get().renew(ticket)) {
-            shared.ticket = None;
-            shared.granted = Some(slot);
-            return None;
-        }
-        Some(slot)
-    }
-
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Some(shared) = &self.shared {
             visit.call(&shared.bulkhead)?;
@@ -115,6 +73,54 @@ impl Gates {
 }
 
 impl Split {
+    /// Whether another branch may start now, and it has its slot then; else the split is in the line if that is why.
+    pub(super) fn passes_gates(slf: &Bound<'_, Self>, state: &mut State) -> bool {
+        let started = state.started();
+        let Some(gates) = &mut state.gates else { return true };
+        if gates.hedging.as_ref().is_some_and(|hedging| !hedging.rule.is_due(started)) {
+            return false;
+        }
+        let Some(shared) = &mut gates.shared else { return true };
+        let slot = match (shared.granted.take(), shared.ticket) {
+            (Some(slot), _) => slot,
+            (None, Some(_)) => return false,
+            (None, None) => {
+                let waiting = || Waiting {
+                    event_loop: slf.get().event_loop(slf.py()).clone().unbind(),
+                    who: slf.clone().into_any().unbind(),
+                };
+                match PyBulkhead::acquire(shared.bulkhead.bind(slf.py()), waiting) {
+                    Ok(slot) => slot,
+                    Err(ticket) => {
+                        shared.ticket = Some(ticket);
+                        return false;
+                    }
+                }
+            }
+        };
+        shared.slots.push(slot);
+        true
+    }
+
+    /// A branch ended. Its slot is given back, unless it is this split's turn again.
+    pub(super) fn passed_gates(&self, py: Python<'_>, outcome: Outcome) {
+        let slot = self.state.with(py, |state| {
+            let gates = state.gates.as_mut()?;
+            if let Some(hedging) = &mut gates.hedging {
+                hedging.rule.branch_ended(outcome);
+            }
+            let shared = gates.shared.as_mut()?;
+            let slot = shared.slots.pop()?;
+            if shared.ticket.is_some_and(|ticket| shared.bulkhead.get().renew(ticket)) {
+                shared.ticket = None;
+                shared.granted = Some(slot);
+                return None;
+            }
+            Some(slot)
+        });
+        drop(slot);
+    }
+
     /// Nothing more is to be started: leaves the line, and disarms the timer of hedging.
     pub(super) fn shut(&self, py: Python<'_>) {
         let (place, granted, timer) = self.state.with(py, |state| {
@@ -202,13 +208,17 @@ impl Split {
             let left = after - (slf.get().mark(py) - began);
             clock.call_at(py, clock.now(py)? + left, slf.getattr(intern!(py, "_hedge"))?)
         };
-        match arm() {
-            Ok(timer) => slf.get().state.with(py, |state| {
-                if let Some(hedging) = state.gates.as_mut().and_then(|gates| gates.hedging.as_mut()) {
-                    hedging.timer = Some((started, timer));
-                }
-            }),
-            Err(error) => error.write_unraisable(py, Some(slf)),
-        }
+        let timer = match arm() {
+            Ok(timer) => timer,
+            Err(error) => return error.write_unraisable(py, Some(slf)),
+        };
+        let stray = slf.get().state.with(py, |state| {
+            let goes_on = state.goes_on(); // arming may have run anything
+            match state.gates.as_mut().and_then(|gates| gates.hedging.as_mut()) {
+                Some(hedging) if goes_on => hedging.timer.replace((started, timer)).map(|(_, old)| old),
+                _ => Some(timer),
+            }
+        });
+        disarm(py, stray);
     }
 }

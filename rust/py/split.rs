@@ -170,6 +170,8 @@ pub(super) struct Split {
     /// The state that a fork's branches run up to.
     until: usize,
     pub(super) bulkhead: usize,
+    /// Whether `gates` hold branches back as well.
+    is_gated: bool,
     /// The parent's context, for branches that are started later; None where all start at once.
     pub(super) context: Option<Py<PyAny>>,
     event_loop: Py<PyAny>,
@@ -203,6 +205,7 @@ impl Split {
         let has_parent = branch::is_chosen(py) && !branch::is_free(clock.event_loop.bind(py))?;
         let mode = Mode::choose(py, clock, env.label(py, state), has_parent)?;
         let branches = starts.into_iter().map(|start| Branch::new(py, env, start)).collect();
+        let gates = Gates::of(py, spec);
         Bound::new(
             py,
             Split {
@@ -210,6 +213,7 @@ impl Split {
                 scope: Arc::new(scope),
                 until: spec.next,
                 bulkhead: spec.bulkhead.unwrap_or(usize::MAX),
+                is_gated: gates.is_some(),
                 context: spec.starts_late().then(|| branch::copy_context(py).map(Bound::unbind)).transpose()?,
                 event_loop: clock.event_loop.clone_ref(py),
                 mode,
@@ -217,7 +221,7 @@ impl Split {
                     branches,
                     join,
                     next: 0,
-                    gates: Gates::of(py, spec),
+                    gates,
                     alive: 0,
                     waiter: None,
                     timer: None,
@@ -279,7 +283,7 @@ impl Split {
                     return None;
                 }
                 let index = state.next;
-                if state.gates.as_mut().is_some_and(|gates| !gates.admit(slf, index)) {
+                if this.is_gated && !Self::passes_gates(slf, state) {
                     return None;
                 }
                 state.next += 1;
@@ -302,12 +306,11 @@ impl Split {
             }
         }
         DEPTH.set(DEPTH.get() - 1);
-        let is_gated = this.state.with(py, |state| {
+        this.state.with(py, |state| {
             state.is_starting = false;
             state.last_end = None;
-            state.gates.is_some()
         });
-        if is_gated {
+        if this.is_gated {
             Self::arm_hedging(slf);
         }
         if taken == TURN
@@ -449,8 +452,7 @@ impl Split {
             state.last_end = state.is_starting.then_some(now);
             let branch = &mut state.branches[index];
             branch.ended.elapsed = now - branch.ended.elapsed;
-            let slot = state.gates.as_mut().and_then(|gates| gates.branch_ended(counted));
-            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take(), slot);
+            let dropped = (std::mem::replace(&mut branch.ended.end, end), branch.task.take());
             state.join.branch_ended(counted);
             if let Some(fatal) = fatal
                 && state.interrupted.is_none()
@@ -460,6 +462,9 @@ impl Split {
             (was_going_on, state.goes_on(), dropped)
         });
         drop(dropped);
+        if self.is_gated {
+            self.passed_gates(py, counted);
+        }
         if was_going_on && !goes_on {
             self.cancel_rest(py, None);
         }

@@ -192,7 +192,8 @@ impl Checked<'_> {
         let strategy = config.getattr(intern!(py, "strategy"))?;
         let bulkhead = config.getattr(intern!(py, "bulkhead"))?;
         let shared = bulkhead.cast::<PyBulkhead>().ok().map(|shared| shared.clone().unbind());
-        let own = (shared.is_none() && !bulkhead.is_none()).then(|| bulkhead.extract().unwrap_or(usize::MAX)); // a limit beyond any number of branches
+        // A limit that no integer of ours holds is beyond any number of branches.
+        let own = (shared.is_none() && !bulkhead.is_none()).then(|| bulkhead.extract().unwrap_or(usize::MAX));
         self.joined.push(target);
         Ok(Some(JoinSpec {
             strategy: strategy.cast::<PyJoinStrategy>()?.get().0,

@@ -10,6 +10,7 @@ from cano import (
     After,
     BatchTask,
     BranchOutcome,
+    Bulkhead,
     Caught,
     CircuitBreaker,
     CircuitPolicy,
@@ -199,6 +200,16 @@ async def use() -> None:
     assert_type(workflow.register_router(Order.NEW, Choose()), Workflow[Order])
     workflow.register(Order.NEW, Upload()).register(Order.NEW, CoolDown())
     workflow.register_stepped(Order.NEW, Pages(), config=TaskConfig.minimal()).register_stream(Order.NEW, Readings())
+    bulkhead = Bulkhead(4, name="database")
+    assert_type(join.with_bulkhead(bulkhead), JoinConfig[Order])
+    assert_type(
+        JoinConfig(JoinStrategy.Any, Order.DONE, bulkhead=bulkhead, hedge_after=0.1).bulkhead, int | Bulkhead | None
+    )
+    assert_type(join.with_hedge_after(timedelta(seconds=1)), JoinConfig[Order])
+    async with bulkhead as entered:
+        assert_type(entered, None)
+        assert_type(bulkhead.waiting, int)
+    workflow.register_split(Order.PAID, [pay, Charge()], join).add_exit_states([Order.DONE])
     assert_type(await workflow.orchestrate(Order.NEW, timeout=timedelta(seconds=3)), Order)
     run = workflow.start(Order.NEW)
     assert_type(run, Run[Order])

@@ -126,7 +126,7 @@ fn test_every_sequence_of_events_follows_the_model() {
 }
 
 fn follow(limit: usize, events: impl Iterator<Item = Event>) {
-    let mut ours = bulkhead(i64::try_from(limit).expect("a small limit"));
+    let mut ours = bulkhead(i64::try_from(limit).expect("a small one"));
     let mut model = Model { limit, ..Model::default() };
     let mut tickets = Vec::new();
     for (who, event) in events.enumerate() {
