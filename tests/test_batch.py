@@ -1156,10 +1156,10 @@ async def test_error_while_items_are_read(concurrency: int, reads: str) -> None:
         try:
             await asyncio.sleep(STEP if item < 2 else FOREVER)
         except asyncio.CancelledError:
+            await asyncio.sleep(STEP)
             log.append(f"x{item}")
             raise
         finally:
-            await asyncio.sleep(STEP)
             log.append(f"-{item}")
 
     job = Job(items_later if reads == "async" else items, work, concurrency=concurrency)
@@ -1571,6 +1571,24 @@ async def test_iterable_is_closed(source: str, ending: str) -> None:
     assert outcome == "done" if ending == "end" else isinstance(outcome, ENDINGS[ending])
     assert len(gauge.closed) == 1
     assert closed_before_finish == ([1] if ending in ("end", "finish") else [])
+
+
+@pytest.mark.parametrize("source", ["generator", "async generator"])
+async def test_iterable_of_a_run_that_is_closed(source: str) -> None:
+    """Closing the coroutine of a run closes its generator, an asynchronous one in the next turns of the loop."""
+    gauge = Gauge(sleep=FOREVER)
+    items = gauge.items if source == "generator" else gauge.async_items
+    coroutine = run(Job(lambda: items(9), gauge, concurrency=2))
+    coroutine.send(None)
+    for _ in range(2):
+        await asyncio.sleep(0)
+
+    coroutine.close()
+
+    assert source != "generator" or len(gauge.closed) == 1
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert (gauge.started, gauge.in_flight, len(gauge.closed)) == (2, 0, 1)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
