@@ -162,6 +162,26 @@ OUTPUT = {
         replicas that are down: [1, 3, 4]
           not written: replica 1 is down, replica 3 is down, replica 4 is down
         """,
+    "shared_limit": """\
+        order 1    0.0 s to 0.2 s  ####
+        order 2    0.0 s to 0.2 s  ####
+        order 3    0.0 s to 0.2 s  ####
+        order 4    0.2 s to 0.4 s      ####
+        invoice 1  0.2 s to 0.4 s      ####
+        check      0.2 s to 0.4 s      ####
+        order 5    0.4 s to 0.6 s          ####
+        invoice 2  0.4 s to 0.6 s          ####
+        order 6    0.4 s to 0.6 s          ####
+        invoice 3  0.6 s to 0.8 s              ####
+        <Bulkhead api limit=3 in_use=0 waiting=0>
+        """,
+    "hedged_calls": """\
+        a good day: near answered after 0.05 s, asked: near
+        near is slow: far answered after 0.15 s, asked: near, far
+        near is down: far answered after 0.07 s, asked: near, far
+        two are slow: spare answered after 0.30 s, asked: near, far, spare
+        all are down: 3 errors after 0.12 s, asked: near, far, spare
+        """,
     "timeout": """\
         a run that may take 2 s:
           fetch, attempt 1: would take 1.0 s, may take 0.2 s

@@ -92,6 +92,7 @@ class Join:
     timeout: float | None = None
     bulkhead: int | None = None
     fail_fast: bool = False
+    hedge_after: float | None = None
 
 
 @dataclass
@@ -219,7 +220,8 @@ class Drawer:
             ("PartialTimeout",),
         )
         timeout = self.seconds(150) if strategy == ("PartialTimeout",) else self.optional_seconds(150)
-        return Join(strategy, timeout, self.draw(st.none() | st.integers(1, 3)), self.rarely())
+        hedge_after = self.seconds(60) if strategy == ("Any",) and self.draw(st.booleans()) else None
+        return Join(strategy, timeout, self.draw(st.none() | st.integers(1, 3)), self.rarely(), hedge_after)
 
     def split(self) -> SplitStep:
         branches = [self.step(is_branch=True, waits=True) for _ in range(self.draw(st.integers(1, 4)))]
@@ -358,7 +360,12 @@ class Machine:
         if number:
             strategy = strategy(*number)
         return self.engine.JoinConfig(
-            strategy, following, timeout=given.timeout, bulkhead=given.bulkhead, fail_fast=given.fail_fast
+            strategy,
+            following,
+            timeout=given.timeout,
+            bulkhead=given.bulkhead,
+            fail_fast=given.fail_fast,
+            hedge_after=given.hedge_after,
         )
 
     def joined(self, name: str, following: str) -> Any:

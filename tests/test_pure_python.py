@@ -321,6 +321,8 @@ async def test_workflow_is_frozen_by_its_first_run():
         lambda: RetryMode.exponential(jitter=1.5),
         lambda: TaskConfig(attempt_timeout=True),
         lambda: JoinConfig(All, S.DONE, bulkhead=0),
+        lambda: JoinConfig(Any, S.DONE, hedge_after=0),
+        lambda: JoinConfig(All, S.DONE, hedge_after=1),
         lambda: Workflow().with_timeout(-1),
         lambda: Workflow().register(S.START, Task),
         lambda: Workflow().register(S.START, lambda a, b: S.DONE),  # noqa: ARG005
@@ -774,6 +776,29 @@ async def test_bulkhead_never_starts_branches_after_the_decision():
     result = await joined(split([value(BAD), A, pytest.fail, pytest.fail], PartialResults(1), bulkhead=1))
 
     assert ends(result) == ({0: BAD}, [1, 2, 3])
+
+
+@pytest.mark.virtual
+async def test_hedged_branches_start_one_by_one():
+    """The next branch starts when the newest is slow or one has failed, and none after the decision."""
+    loop, starts = asyncio.get_running_loop(), []
+    began = loop.time()
+
+    def branch(ticks, error=None):
+        async def run():
+            starts.append(round((loop.time() - began) / TICK))
+            await asyncio.sleep(ticks * TICK)
+            if error is not None:
+                raise error
+            return ticks
+
+        return run
+
+    tasks = [branch(9), branch(3, BAD), branch(9), branch(1), pytest.fail]
+    result = await joined(split(tasks, Any, hedge_after=2 * TICK))
+
+    assert starts == [0, 2, 4, 5]
+    assert ends(result) == ({1: BAD, 3: 1}, [0, 2, 4])
 
 
 async def test_branch_has_its_own_configuration():

@@ -340,10 +340,17 @@ class JoinConfig(Generic[S]):
     timeout: Seconds | None = None
     bulkhead: int | None = None
     fail_fast: bool = False
+    hedge_after: Seconds | None = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None:
             object.__setattr__(self, "timeout", seconds("timeout", self.timeout))
+        if self.hedge_after is not None:
+            object.__setattr__(self, "hedge_after", seconds("hedge_after", self.hedge_after))
+            if not self.hedge_after or self.strategy is not JoinStrategy.Any:
+                raise ConfigurationError(
+                    f"hedge_after must be above 0, with Any; got {self.hedge_after}, {self.strategy}"
+                )
         if self.bulkhead is not None:
             count("bulkhead", self.bulkhead, 1)
 

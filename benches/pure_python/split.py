@@ -53,6 +53,9 @@ class Split:
         self.began: list[float | None] = [None] * total
         self.outcomes: list[BranchOutcome | None] = [None] * total
         self.started = self.alive = self.ended = self.reached = 0
+        self.width = total if join.bulkhead is None else min(join.bulkhead, total)
+        self.due = total if join.hedge_after is None else 1
+        self.hedge: asyncio.TimerHandle | None = None
         self.is_closed = False
         self.verdict: Verdict | None = None
         self.fatal: BaseException | None = None
@@ -68,15 +71,14 @@ class Split:
             BaseException: What a branch raised that is no `Exception`, after every branch has ended.
         """
         cancelled: asyncio.CancelledError | None = None
-        timer, width = None, self.total
+        timer = None
         if not self.total:
             self._judge()
         elif self.join.timeout is not None:
             timer = self.loop.call_later(cast("float", self.join.timeout), self._time_out)
-        if self.join.bulkhead is not None and self.join.bulkhead < width:
-            width, self.context = self.join.bulkhead, contextvars.copy_context()
-        while self.started < width and not self.is_closed:
-            self._start()
+        if self.width < self.total or self.due < self.total:
+            self.context = contextvars.copy_context()
+        self._start_what_is_due()
         while self.alive:
             self.waiter = self.loop.create_future()
             try:
@@ -94,6 +96,20 @@ class Split:
             return self._result()
         finally:  # the traceback of what was raised holds this frame
             self.fatal = cancelled = None
+
+    def _start_what_is_due(self) -> None:
+        while self.started < min(self.due, self.total) and self.alive < self.width and not self.is_closed:
+            self._start()
+        if self.join.hedge_after is None:
+            return
+        if self.hedge is not None:
+            self.hedge.cancel()
+        if self.due <= self.started < self.total and not self.is_closed:  # it waits for the newest to be slow
+            self.hedge = self.loop.call_later(cast("float", self.join.hedge_after), self._newest_is_slow)
+
+    def _newest_is_slow(self) -> None:
+        self.due = self.started + 1
+        self._start_what_is_due()
 
     def _start(self) -> None:
         index = self.started
@@ -136,10 +152,12 @@ class Split:
         self.ended += 1
         if outcome is not None and (outcome.error is None or self.counts_failures):
             self.reached += 1
+        if outcome is None or outcome.error is not None:
+            self.due += 1
         if not self.is_closed:
             self._judge()
         if not self.is_closed and self.context is not None and self.started < self.total:
-            self._start()
+            self._start_what_is_due()
         self._wake()
 
     def _judge(self) -> None:
@@ -164,6 +182,8 @@ class Split:
     def _close(self, message: object = None) -> None:
         """Start no further branch, and cancel those alive; closing again cancels them again."""
         self.is_closed = True
+        if self.hedge is not None:
+            self.hedge.cancel()
         for index, task in enumerate(self.tasks if self.alive else ()):
             if task is not None:
                 task.cancel(message)
