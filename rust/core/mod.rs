@@ -19,5 +19,11 @@ pub mod join;
 
 pub mod graph;
 
+pub mod checkpoint;
+
+pub mod format;
+
+pub mod claim;
+
 #[cfg(test)]
 mod tests;

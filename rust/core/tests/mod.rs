@@ -1,6 +1,8 @@
 //! Longer stories about the rules, told through their public face.
 
 mod breaker;
+mod checkpoint;
+mod claim;
 mod graph;
 mod join;
 mod limiter;
