@@ -234,6 +234,13 @@ impl Row {
         }
     }
 
+    /// Whether the row is a cursor that takes the place of the one directly before it.
+    pub fn takes_place_of(&self, previous: &Self) -> bool {
+        (self.kind, previous.kind) == (RowKind::StepCursor, RowKind::StepCursor)
+            && (self.visit, &self.state, self.run_id) == (previous.visit, &previous.state, previous.run_id)
+            && (self.sequence, self.refers_to) == (previous.sequence + 1, Some(previous.first()))
+    }
+
     /// The first place in the log that this row stands for.
     fn first(&self) -> u64 {
         match self.kind {
@@ -416,7 +423,7 @@ impl fmt::Display for RowError {
             Problem::Format { format } => {
                 write!(f, "is of format {format}, and this version of cano reads format 1")
             }
-            Problem::Missing => f.write_str("is missing, and later rows are there"),
+            Problem::Missing => f.write_str("is missing"),
             Problem::Twice => f.write_str("is there twice"),
             Problem::OtherRun => f.write_str("was written by another run under the same id"),
         }

@@ -68,6 +68,15 @@ impl RunStatus {
         }
     }
 
+    /// The status once a run that its owner gives up is to be resumed by nobody but who asks for it.
+    #[must_use]
+    pub fn stopped(self) -> Self {
+        match self {
+            Self::Running => Self::Stopped,
+            Self::RollingBack | Self::Stopped | Self::Finished | Self::RolledBack | Self::NeedsAttention => self,
+        }
+    }
+
     /// The status when a row of this kind follows, or none if it may not.
     pub fn after(self, kind: RowKind) -> Option<Self> {
         match (self, kind) {
@@ -155,7 +164,7 @@ impl Standing {
             return Err(self.lost());
         }
         if row.sequence < self.next {
-            return Err(Refusal::Conflict { next: self.next, is_same: false });
+            return Err(Refusal::Conflict { sequence: row.sequence, next: self.next, is_same: false });
         }
         if self.status.is_over() {
             return Err(Refusal::Over(self.status));
@@ -167,7 +176,7 @@ impl Standing {
             return Err(Refusal::OutOfPlace { status: self.status, kind: row.kind });
         };
         if row.sequence > self.next {
-            return Err(Refusal::Gap { next: self.next });
+            return Err(Refusal::Gap { sequence: row.sequence, next: self.next });
         }
         // What a cursor takes the place of is not subtracted: the limit is met a row early.
         if self.usage.rows >= limits.rows {
@@ -220,11 +229,13 @@ pub enum Refusal {
     /// The run is over.
     Over(RunStatus),
     /// A row of this sequence is there already; `is_same`: with the same bytes.
-    Conflict { next: u64, is_same: bool },
+    Conflict { sequence: u64, next: u64, is_same: bool },
     /// A row before this one is not there yet.
-    Gap { next: u64 },
+    Gap { sequence: u64, next: u64 },
     /// No row of this kind may follow.
     OutOfPlace { status: RunStatus, kind: RowKind },
+    /// What the row says it takes the place of is not what stands before it.
+    Misplaced { sequence: u64 },
     /// The run has written as much as it may.
     Full { what: &'static str, limit: u64 },
 }
@@ -237,11 +248,18 @@ impl fmt::Display for Refusal {
             Self::Unknown => f.write_str("is not there"),
             Self::Exists(status) => write!(f, "is there already and is {}: resume or discard it", status.name()),
             Self::Over(status) => write!(f, "is over: it is {}", status.name()),
-            Self::Conflict { next, is_same: false } => write!(f, "has another row there; the next is {next}"),
-            Self::Conflict { next, is_same: true } => write!(f, "has this row already; the next is {next}"),
-            Self::Gap { next } => write!(f, "has no row before that; the next is {next}"),
+            Self::Conflict { sequence, next, is_same: false } => {
+                write!(f, "has another row {sequence} already; the next is {next}")
+            }
+            Self::Conflict { sequence, next, is_same: true } => {
+                write!(f, "has this row {sequence} already; the next is {next}")
+            }
+            Self::Gap { sequence, next } => write!(f, "cannot have row {sequence} yet; the next is {next}"),
             Self::OutOfPlace { status, kind } => {
                 write!(f, "is {}: no {} row may follow", status.name(), kind.name())
+            }
+            Self::Misplaced { sequence } => {
+                write!(f, "has no cursor of the same visit before row {sequence} that it could take the place of")
             }
             Self::Full { what, limit } => write!(f, "has as many {what} as it may, {limit}"),
         }

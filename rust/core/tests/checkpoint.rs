@@ -380,3 +380,19 @@ fn test_log_is_checked_for_gaps_doubles_and_strangers() {
         Err((1, Problem::Missing))
     );
 }
+
+#[test]
+fn test_cursor_takes_the_place_of_a_cursor_of_its_visit() {
+    // B05, B41
+    let cursor = |sequence, refers_to| Row { refers_to, ..row(RowKind::StepCursor, sequence, "STATE", "task") };
+    let takes = |later: Row, earlier: Row| later.takes_place_of(&earlier);
+
+    assert!(takes(cursor(3, Some(2)), cursor(2, None)));
+    assert!(takes(cursor(4, Some(2)), cursor(3, Some(2))));
+    assert!(!takes(cursor(3, None), cursor(2, None)));
+    assert!(!takes(cursor(4, Some(3)), cursor(3, Some(2))));
+    assert!(!takes(cursor(4, Some(2)), cursor(2, None)));
+    assert!(!takes(cursor(3, Some(2)), Row { visit: 2, ..cursor(2, None) }));
+    assert!(!takes(cursor(3, Some(2)), Row { state: "OTHER".to_owned(), ..cursor(2, None) }));
+    assert!(!takes(cursor(3, Some(2)), row(RowKind::StateEntry, 2, "STATE", "task")));
+}

@@ -131,10 +131,10 @@ fn test_sequences_are_dense_and_written_once() {
     let run = claimed(RunStatus::Running);
 
     for sequence in 0..3 {
-        let conflict = Err(Refusal::Conflict { next: 3, is_same: false });
+        let conflict = Err(Refusal::Conflict { sequence, next: 3, is_same: false });
         assert_eq!(append(&run, Some(Fence(7)), &entry(sequence)), conflict);
     }
-    assert_eq!(append(&run, Some(Fence(7)), &entry(4)), Err(Refusal::Gap { next: 3 }));
+    assert_eq!(append(&run, Some(Fence(7)), &entry(4)), Err(Refusal::Gap { sequence: 4, next: 3 }));
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn test_nothing_follows_a_run_that_is_over() {
         assert_eq!(append(&run, Some(Fence(7)), &entry(3)), Err(Refusal::Over(status)));
         assert_eq!(append(&run, None, &entry(3)), Err(Refusal::Over(status)));
         // the row that ended it, sent again because its answer was lost
-        let conflict = Err(Refusal::Conflict { next: 3, is_same: false });
+        let conflict = Err(Refusal::Conflict { sequence: 2, next: 3, is_same: false });
         assert_eq!(append(&run, Some(Fence(7)), &entry(2)), conflict);
     }
     let out_of_place = Refusal::OutOfPlace { status: RunStatus::RollingBack, kind: RowKind::StateEntry };
