@@ -70,6 +70,8 @@ pub enum OpenReason {
     Version {
         version: i64,
     },
+    /// The parent of this process had the file open when it forked.
+    Forked,
     /// The file system cannot share memory between processes, as most network file systems cannot.
     NoWal,
     Failed {
@@ -96,6 +98,7 @@ impl fmt::Display for OpenReason {
             Self::Version { version } => {
                 write!(f, "it is a store of version {version}, and this version of cano reads version 1")
             }
+            Self::Forked => f.write_str("it was open when this process was forked; open it after the fork only"),
             Self::NoWal => f.write_str("its file system has no shared memory; use a local disk"),
             Self::Failed { text, .. } => f.write_str(text),
         }
@@ -116,7 +119,9 @@ impl fmt::Display for StoreError {
                 }
             },
             Self::Closed => f.write_str("the store is closed"),
-            Self::Forked => f.write_str("the store was opened before this process was forked; open it again here"),
+            Self::Forked => {
+                f.write_str("the store was opened before this process was forked; open it after the fork only")
+            }
         }
     }
 }

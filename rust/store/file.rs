@@ -3,6 +3,8 @@
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::error::OpenReason;
 
@@ -38,6 +40,50 @@ pub(super) fn prepare(path: &Path, trust: Trust) -> Result<PathBuf, OpenReason> 
         check_file(directory.join(name), trust)?;
     }
     Ok(file)
+}
+
+/// The files that are open, and the process that opened each.
+static OPEN: Mutex<Vec<(u32, PathBuf)>> = Mutex::new(Vec::new());
+
+/// That this process has a file open.
+///
+/// A process that was forked while the file was open has SQLite's belief of holding locks on it, and
+/// not the locks: if it opened the file, it would write without any. So it may not.
+#[derive(Debug)]
+pub(super) struct Presence {
+    process: u32,
+    file: PathBuf,
+}
+
+impl Presence {
+    pub fn new(file: &Path) -> Result<Self, OpenReason> {
+        Self::of(process::id(), file)
+    }
+
+    pub fn of(process: u32, file: &Path) -> Result<Self, OpenReason> {
+        let mut open = open_files();
+        if open.iter().any(|(other, known)| *other != process && known == file) {
+            return Err(OpenReason::Forked);
+        }
+        open.push((process, file.to_owned()));
+        Ok(Self { process, file: file.to_owned() })
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if self.process != process::id() {
+            return; // a child cannot close what its parent has open
+        }
+        let mut open = open_files();
+        if let Some(at) = open.iter().position(|(process, file)| (*process, file) == (self.process, &self.file)) {
+            open.swap_remove(at);
+        }
+    }
+}
+
+fn open_files() -> MutexGuard<'static, Vec<(u32, PathBuf)>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn create(file: &Path) -> std::io::Result<()> {

@@ -5,9 +5,9 @@
 //! in `core` (`checkpoint`, `format`, `claim`); here it is carried out. Nothing here reads a clock:
 //! times are arguments.
 
-use std::mem;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::{mem, process};
 
 use crate::core::checkpoint::{Limits, Row, WorkflowId};
 use crate::core::claim::{Fence, RunStatus, Standing, Usage};
@@ -25,7 +25,7 @@ mod sqlite;
 mod writer;
 
 use error::{OpenReason, StoreError};
-use file::Trust;
+use file::{Presence, Trust};
 use reader::Reader;
 use sqlite::Database;
 use writer::Writer;
@@ -124,6 +124,7 @@ pub struct Settings {
 pub struct Store<T> {
     writer: Writer<T>,
     reader: Mutex<Option<Reader>>,
+    process: u32,
 }
 
 impl<T: Send + 'static> Store<T> {
@@ -138,10 +139,11 @@ impl<T: Send + 'static> Store<T> {
     ) -> Result<Self, StoreError> {
         let open = || {
             let file = file::prepare(path, settings.trust)?;
+            let presence = Presence::new(&file)?;
             let database = Database::open(&file, settings.owner, settings.limits)?;
-            let reader = Reader::new(connection::open_to_read(&file)?);
+            let reader = Reader::new(connection::open_to_read(&file)?, presence);
             let writer = Writer::start(database, deliver)?;
-            Ok(Self { writer, reader: Mutex::new(Some(reader)) })
+            Ok(Self { writer, reader: Mutex::new(Some(reader)), process: process::id() })
         };
         open().map_err(|reason: OpenReason| StoreError::Open { path: path.to_owned(), reason })
     }
@@ -151,6 +153,9 @@ impl<T> Store<T> {
     /// Submits an operation and returns at once. An error here is the outcome, and the ticket is
     /// dropped.
     pub fn submit(&self, operation: Operation, ticket: T) -> Result<(), StoreError> {
+        if self.is_inherited() {
+            return Err(StoreError::Forked);
+        }
         self.writer.submit(operation, ticket)
     }
 
@@ -167,14 +172,19 @@ impl<T> Store<T> {
     /// Writes what was submitted, gives up all claims, and lets go of the file. Closing again, or
     /// from `deliver`, does nothing that was not done.
     pub fn close(&self) {
-        self.writer.close();
-        if !self.writer.is_forked() {
+        if !self.is_inherited() {
+            self.writer.close();
             self.reader.lock().unwrap_or_else(PoisonError::into_inner).take();
         }
     }
 
+    /// Whether this is a child of the process that opened the store.
+    fn is_inherited(&self) -> bool {
+        self.process != process::id()
+    }
+
     fn read<R>(&self, question: impl FnOnce(&mut Reader) -> Result<R, StoreError>) -> Result<R, StoreError> {
-        if self.writer.is_forked() {
+        if self.is_inherited() {
             return Err(StoreError::Forked);
         }
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
@@ -184,8 +194,9 @@ impl<T> Store<T> {
 
 impl<T> Drop for Store<T> {
     fn drop(&mut self) {
-        if self.writer.is_forked() {
-            // Closing it here would meddle with the file of a parent that lives.
+        if self.is_inherited() {
+            // The thread is not here, and closing the file would meddle with that of the parent.
+            self.writer.forget();
             mem::forget(self.reader.get_mut().unwrap_or_else(PoisonError::into_inner).take());
         } else {
             self.close();

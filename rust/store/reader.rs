@@ -5,16 +5,18 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::connection::{number, standing};
 use super::error::StoreError;
+use super::file::Presence;
 use super::{RunFilter, RunSummary};
 use crate::core::checkpoint::{Problem, Row, RowError, WorkflowId, check_log};
 
 pub(super) struct Reader {
     connection: Connection,
+    _presence: Presence, // ends when the store is closed, and after the connections
 }
 
 impl Reader {
-    pub fn new(connection: Connection) -> Self {
-        Self { connection }
+    pub fn new(connection: Connection, presence: Presence) -> Self {
+        Self { connection, _presence: presence }
     }
 
     /// The rows of a run in ascending order, complete and undamaged; none if there is no such run.

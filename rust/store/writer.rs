@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::{io, mem, process};
+use std::{io, mem};
 
 use super::error::{Failure, StoreError};
 use super::sqlite::Database;
@@ -28,7 +28,6 @@ const MOST_BYTES: usize = 16 << 20;
 pub(super) struct Writer<T> {
     queue: Arc<Queue<T>>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    process: u32,
 }
 
 impl<T: Send + 'static> Writer<T> {
@@ -51,24 +50,18 @@ impl<T: Send + 'static> Writer<T> {
             }
             database.leave();
         })?;
-        Ok(Self { queue, thread: Mutex::new(Some(thread)), process: process::id() })
+        Ok(Self { queue, thread: Mutex::new(Some(thread)) })
     }
 }
 
 impl<T> Writer<T> {
     /// Leaves an operation in the queue; the ticket comes back with its outcome.
     pub fn submit(&self, operation: Operation, ticket: T) -> Result<(), StoreError> {
-        if self.is_forked() {
-            return Err(StoreError::Forked);
-        }
         self.queue.push(operation, ticket)
     }
 
     /// Takes no more operations, and returns once all are done and the thread has ended.
     pub fn close(&self) {
-        if self.is_forked() {
-            return;
-        }
         self.queue.close();
         let thread = lock(&self.thread).take();
         if let Some(thread) = thread.filter(|thread| thread.thread().id() != thread::current().id()) {
@@ -76,18 +69,16 @@ impl<T> Writer<T> {
         }
     }
 
-    /// Whether this is a child of the process that opened the store: it has the queue, and no thread.
-    pub fn is_forked(&self) -> bool {
-        self.process != process::id()
+    /// Lets go of the thread where there is none: in a child of the process that opened the store.
+    pub fn forget(&mut self) {
+        mem::forget(self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 
 impl<T> Drop for Writer<T> {
     fn drop(&mut self) {
-        if self.is_forked() {
-            // The thread is not there, and its handle must not be let go of.
-            mem::forget(self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take());
-        } else {
+        // Without a thread this would lock a queue that the parent's thread may have locked.
+        if self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).is_some() {
             self.close();
         }
     }

@@ -10,7 +10,7 @@ use super::{Folder, LATER, NOW, Opened, claim, entry, fence, refusal, settings};
 use crate::core::claim::{Lease, Refusal};
 use crate::store::Settings;
 use crate::store::error::{Failure, OpenReason, StoreError};
-use crate::store::file::Trust;
+use crate::store::file::{Presence, Trust, prepare};
 
 fn reason(file: &Path) -> OpenReason {
     match Opened::open(file, settings("worker-1")) {
@@ -177,6 +177,21 @@ fn test_claims_of_the_living_are_not_taken_back() {
     assert_eq!(refusal(second.ask(claim("order-1", NOW))), held);
     drop(first); // gives up what it holds
     fence(second.ask(claim("order-1", NOW)));
+}
+
+#[test]
+fn test_child_of_a_process_that_has_the_file_open_may_not_open_it() {
+    let folder = Folder::new();
+    let file = prepare(&folder.file(), Trust::Ours).expect("a file");
+    let parent = std::process::id() + 1;
+    let opened = Opened::new(&folder.file());
+    assert!(Presence::of(parent, &file).is_err());
+    opened.store.close();
+    let inherited = Presence::of(parent, &file).expect("nobody has it open");
+
+    assert_eq!(reason(&folder.file()), OpenReason::Forked);
+    drop(inherited);
+    assert_eq!(reason(&folder.file()), OpenReason::Forked); // what is inherited stays
 }
 
 #[test]

@@ -223,7 +223,7 @@ fn test_status_and_claim_follow_the_rows() {
         let payload = (kind == RowKind::RollbackStarted).then(|| b"{}".to_vec());
         let refers_to = (kind == RowKind::Compensated).then_some(0);
         let snapshot = None;
-        opened.append("order-1", fence, Row { kind, payload, refers_to, snapshot, ..entry(sequence) })
+        opened.append("order-1", fence, Row { kind, refers_to, payload, snapshot, ..entry(sequence) })
     };
 
     row(0, RowKind::StateEntry).expect("written");
@@ -389,8 +389,7 @@ fn test_damaged_rows_are_reported_by_run_and_sequence() {
         connection.execute_batch(sql).expect("broken");
         drop(connection);
         let opened = Opened::new(&folder.file());
-        let text = opened.store.load_run(&workflow_id("order-1")).expect_err("a damaged row").to_string();
-        text
+        opened.store.load_run(&workflow_id("order-1")).expect_err("a damaged row").to_string()
     };
 
     let damaged = broken("UPDATE rows SET row = zeroblob(20) WHERE sequence = 1");
