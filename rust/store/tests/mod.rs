@@ -2,6 +2,7 @@
 
 mod files;
 mod kill;
+mod model;
 mod operations;
 mod speed;
 mod writer;
