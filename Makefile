@@ -11,7 +11,7 @@ PY := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 PEERS := $(VENV)/.peers
-RUST_SOURCES := $(shell find rust -name '*.rs')
+RUST_SOURCES := $(shell find rust -type f)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -34,8 +34,8 @@ demo: build ## Build, then run the ad exchange example
 
 build: $(BUILT) ## Compile the Rust core into the virtual environment (Python sources are used in place)
 
-test: build ## Run the tests of the core (cargo) and of the package (pytest)
-	cargo test --locked
+test: build ## Run the tests of the core and the store (cargo) and of the package (pytest)
+	cargo test --locked --features sqlite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-loops: build ## Run the Python tests in asyncio's debug mode, then under uvloop
@@ -47,7 +47,7 @@ fmt: $(READY) ## Format Rust and Python, sort imports
 	$(PY) -m ruff check --quiet --select I --fix
 	$(PY) -m ruff format
 
-lint: $(READY) ## Check format and lints: rustfmt, clippy with and without Python, ruff
+lint: $(READY) ## Check format and lints: rustfmt, clippy of the core alone and of everything, ruff
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	PYO3_PYTHON="$(abspath $(PY))" cargo clippy --locked --all-targets --features python -- -D warnings

@@ -56,10 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--loop") in ("asyncio", "uvloop"):
-        for item in items:
-            if item.get_closest_marker("virtual"):
-                item.add_marker(pytest.mark.skip(reason="needs the virtual clock"))
+    kind = config.getoption("--loop")
+    for item in items:
+        if kind in ("asyncio", "uvloop") and item.get_closest_marker("virtual"):
+            item.add_marker(pytest.mark.skip(reason="needs the virtual clock"))
+        if kind != "virtual" and item.get_closest_marker("model"):
+            item.add_marker(pytest.mark.skip(reason="has a loop of its own, or none: once is enough"))
 
 
 def pytest_asyncio_loop_factories(

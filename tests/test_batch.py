@@ -2013,6 +2013,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
+@pytest.mark.model
 @settings(max_examples=300, deadline=None)
 @given(plan=plans(), branches=st.sampled_from(["native", "asyncio"]))
 def test_batch_does_what_the_model_says(plan: Plan, branches: Any) -> None:

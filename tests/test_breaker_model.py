@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from benches.pure_python import breaker as pure_python
 from cano import CircuitBreaker, CircuitOpenError, CircuitPolicy, ConfigurationError, _core
 
+pytestmark = pytest.mark.model
+
 SUCCESS, FAILURE, IGNORED, DROPPED = "success", "failure", "ignored", "dropped"
 RESET, PROBE, SLOW = 5, 7, 2  # seconds; the model counts in whole ones
 

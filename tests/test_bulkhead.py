@@ -1187,6 +1187,7 @@ class BulkheadMachine(RuleBasedStateMachine):
             assert not self.bulkhead.waiting or self.bulkhead.in_use == self.bulkhead.limit
 
 
+@pytest.mark.model
 @pytest.mark.timeout(600)  # a failing example is shrunk for minutes
 def test_follows_the_model(branches: str) -> None:
     """Whatever comes, goes on and gives up when, slots and line are those of a plain model, and all are free at the end."""

@@ -64,7 +64,7 @@ def facts_in(text: str) -> Iterator[str]:
 def named_by_tests() -> set[str]:
     files = [file for file in ROOT.glob("tests/**/test_*.py") if file != Path(__file__)]
     texts = [comment for file in files for comment in COMMENT.findall(file.read_text("utf-8"))]
-    texts += [file.read_text("utf-8") for file in ROOT.glob("rust/core/**/*.rs")]
+    texts += [file.read_text("utf-8") for part in ("core", "store") for file in ROOT.glob(f"rust/{part}/**/*.rs")]
     return {fact for text in texts for fact in facts_in(text)}
 
 

@@ -928,6 +928,7 @@ def granted(limiter: RateLimiter | WindowedRateLimiter | MultiRateLimiter, calls
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.model
 def test_a_million_tries_in_threads():
     """8 threads that try a million times are granted what there was, not one more and not one less."""
     limiter = RateLimiter(RateLimiterPolicy(1, 315_576_000, max_tokens=900_000))
@@ -1259,4 +1260,4 @@ LimitersAgainstModel.TestCase.settings = settings(
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow],
 )
-test_limiters_against_the_model = pytest.mark.timeout(120)(LimitersAgainstModel.TestCase)
+test_limiters_against_the_model = pytest.mark.model(pytest.mark.timeout(120)(LimitersAgainstModel.TestCase))

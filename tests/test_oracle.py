@@ -527,6 +527,7 @@ def _branches(request: pytest.FixtureRequest) -> Iterator[None]:
     cano.configure(branches="native")
 
 
+@pytest.mark.model
 @pytest.mark.timeout(600)  # a failing program is shrunk for minutes
 @pytest.mark.usefixtures("_branches")
 @settings(
@@ -673,6 +674,7 @@ class Stage:
         return self.notes, results, run.cancelled(), asyncio.get_running_loop().time()
 
 
+@pytest.mark.model
 @pytest.mark.timeout(600)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(

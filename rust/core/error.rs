@@ -41,8 +41,10 @@ pub enum Error {
     MinimumAboveWindow { minimum_calls: u32, window: u32 },
     /// A window of calls that no share of failures or of slow calls is measured in.
     RateMissing,
-    /// A number of tokens, calls or outputs outside its bounds.
+    /// A number of a limiter's tokens, calls or outputs, or of what a store may keep, outside its bounds.
     Budget { name: &'static str, amount: i64, least: i64, limit: i64 },
+    /// An id that breaks the rule.
+    Id { id: String, rule: &'static str },
 }
 
 impl fmt::Display for Error {
@@ -90,6 +92,10 @@ impl fmt::Display for Error {
             Self::RateMissing => f.write_str("a rate needs failure_rate or slow_call_rate, got neither"),
             Self::Budget { name, amount, least, limit } => {
                 write!(f, "{name} must be at least {least} and at most {limit}, got {amount}")
+            }
+            Self::Id { id, rule } => {
+                let beginning: String = id.chars().take(80).collect();
+                write!(f, "workflow_id {rule}, got {beginning:?}")
             }
         }
     }

@@ -25,5 +25,11 @@ pub mod hedge;
 
 pub mod graph;
 
+pub mod checkpoint;
+
+pub mod format;
+
+pub mod claim;
+
 #[cfg(test)]
 mod tests;

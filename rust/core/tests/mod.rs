@@ -2,6 +2,8 @@
 
 mod breaker;
 mod bulkhead;
+mod checkpoint;
+mod claim;
 mod graph;
 mod join;
 mod limiter;
