@@ -709,10 +709,13 @@ def test_threads_share_the_limit(limit: int) -> None:
         with lock:
             alive += 1
             most = max(most, alive)
-        yield
-        with lock:
-            alive -= 1
-            done += 1
+        try:
+            yield
+            with lock:
+                done += 1
+        finally:
+            with lock:
+                alive -= 1
 
     async def branch() -> None:
         with counted():
