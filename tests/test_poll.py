@@ -245,7 +245,7 @@ async def test_errors_that_are_got_over_are_logged(caplog):
 
     # B37
     texts = [record.getMessage().partition(";")[0] for record in caplog.records]
-    assert texts == [f"poll of task door failed {n} times in a row" for n in (1, 2)]
+    assert texts == [f"poll of task door failed ({n} in a row)" for n in (1, 2)]
     assert [str(record.exc_info[1]) for record in caplog.records] == ["one", "two"]
 
 

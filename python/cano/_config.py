@@ -20,7 +20,7 @@ from ._errors import (
 Seconds: TypeAlias = float | int | timedelta
 """A duration: seconds as a number, or a timedelta; 0 to ten years."""
 
-DEFINITION_ERRORS: tuple[type[Exception], ...] = (
+FINAL_ERRORS: tuple[type[Exception], ...] = (
     NonRetryable,
     ConfigurationError,
     InvalidTransitionError,
@@ -33,7 +33,7 @@ _NEVER_RETRIED: tuple[type[Exception], ...] = (
     NameError,
     AssertionError,
     NotImplementedError,
-    *DEFINITION_ERRORS,
+    *FINAL_ERRORS,
 )
 
 

@@ -69,7 +69,7 @@ class _Poll:
                 pause = self._pause(error, failures) if requests(host) == before else None
                 if pause is None:
                     raise
-                text = "poll of task %s failed %d times in a row; polling again in %.3f s"
+                text = "poll of task %s failed (%d in a row); polling again in %.3f s"
                 _log.warning(text, self._name, failures, pause, exc_info=error)
             else:
                 if type(verdict) is Ready:

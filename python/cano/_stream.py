@@ -26,7 +26,7 @@ from itertools import count
 from typing import Any
 
 from . import _core
-from ._config import DEFINITION_ERRORS
+from ._config import FINAL_ERRORS
 from ._errors import AttemptTimeoutError
 from ._methods import Method, not_one_of, outcome, requests
 from ._models import Continue, Stop, StreamProgress
@@ -73,7 +73,7 @@ class _Course:
         self._progress = StreamProgress()
         self._open, *methods = (method.bind(arguments, self._progress) for method in stream.methods)
         if stream.limit is not None:
-            methods = [partial(self._limited, method) for method in methods]
+            methods = [partial(self._limited, stream.limit, method) for method in methods]
         self._process, self._flush, self._close = methods
         self._host = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
@@ -82,7 +82,8 @@ class _Course:
         self._requests = requests(self._host)
 
     async def run(self) -> Any:
-        opened = await (self._opened() if self._stream.limit is None else self._limited(self._opened))
+        limit = self._stream.limit
+        opened = await (self._opened() if limit is None else self._limited(limit, self._opened))
         self._filling = self._stream.window._open(self._loop.time())
         self._source = (_Detached if self._stream.window._is_timed else _Attached)(opened)
         try:
@@ -170,13 +171,13 @@ class _Course:
         return None if policy is None or self._was_cancelled() else policy.pause(error, failures)
 
     def _is_skipped(self, error: Exception) -> bool:
-        return self._stream.skips and not isinstance(error, DEFINITION_ERRORS) and not self._was_cancelled()
+        return self._stream.skips and not isinstance(error, FINAL_ERRORS) and not self._was_cancelled()
 
     def _report(self, error: Exception, failures: int, pause: float | None) -> None:
         if pause is None:
             _log.warning("an item of task %s failed and is skipped", self._stream.name, exc_info=error)
         else:
-            text = "an item of task %s failed %d times in a row; trying it again in %.3f s"
+            text = "an item of task %s failed (%d in a row); trying it again in %.3f s"
             _log.warning(text, self._stream.name, failures, pause, exc_info=error)
 
     async def _hand_over(self) -> Stop[Any] | None:
@@ -193,12 +194,11 @@ class _Course:
         self._progress.windows += 1
         return None if verdict is Continue else verdict
 
-    async def _limited(self, method: Callable[..., Any], *given: Any) -> Any:
+    async def _limited(self, limit: float, method: Callable[..., Any], *given: Any) -> Any:
         """Call a method of the user's, within the attempt's timeout."""
         # A scope takes a cancel that is pending when it is entered for its own (gh-134471): it is delivered before.
         if getattr(self._host, "_must_cancel", False):
             await asyncio.sleep(0)
-        limit = self._stream.limit
         scope = asyncio.timeout(limit)
         try:
             async with scope:
@@ -207,7 +207,7 @@ class _Course:
             if not scope.expired():
                 raise
             text = f"a call of task {self._stream.name} took longer than its attempt_timeout of {limit} s"
-            raise AttemptTimeoutError(text, limit or 0.0) from error
+            raise AttemptTimeoutError(text, limit) from error
 
 
 async def _in_turn(*steps: Callable[[], Awaitable[object]]) -> None:
@@ -253,31 +253,46 @@ class _Detached:
     def __init__(self, source: AsyncIterator[Any]) -> None:
         self._source = source
         self._loop = asyncio.get_running_loop()
-        self._asked: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-        self._item: asyncio.Future[Any] | None = None
+        self._request = asyncio.Event()
+        self._is_asked = False
+        self._items: list[Any] = []  # one, at most
+        self._news = self._loop.create_future()
         self._is_open = True
         self._task = self._loop.create_task(self._read())
+        self._task.add_done_callback(self._tell)
 
     async def _read(self) -> None:
         try:
             while self._is_open:
-                item = await self._asked.get()
-                item.set_result(await anext(self._source))
+                await self._request.wait()
+                self._request.clear()
+                self._items.append(await anext(self._source))
+                self._tell()
         finally:
             await _aclose(self._source)
 
+    def _tell(self, _task: object = None) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
+
     async def next(self, until: float | None) -> Any:
-        """The next item; `_NOTHING_YET` at the moment `until`. What the reading raises, also at its end, comes out once."""
-        if self._item is None:
-            self._item = self._loop.create_future()
-            self._asked.put_nowait(self._item)
-        timeout = None if until is None else until - self._loop.time()
-        await asyncio.wait((self._item, self._task), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        """The next item; `_NOTHING_YET` from `until` on. What the reading raises, also at its end, comes out once."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._request.set()
+        if not (self._items or self._task.done()):
+            self._news = self._loop.create_future()
+            timer = None if until is None else self._loop.call_at(until, self._tell)
+            try:
+                await self._news
+            finally:
+                if timer is not None:
+                    timer.cancel()
         if until is not None and self._loop.time() >= until:
             return _NOTHING_YET
-        if self._item.done():
-            item, self._item = self._item.result(), None
-            return item
+        if self._items:
+            self._is_asked = False
+            return self._items.pop()
         if self._task.done():
             self._is_open = False
             self._task.result()
