@@ -41,6 +41,7 @@ pub(super) fn open(file: &Path) -> Result<Connection, OpenReason> {
         connection.execute_batch("COMMIT")?;
     }
     use_wal(&connection)?;
+    check_runs(&connection)?;
     Ok(connection)
 }
 
@@ -103,6 +104,15 @@ fn identify(connection: &Connection) -> Result<Identity, OpenReason> {
         (0, 0, 0) => Ok(Identity::Empty),
         _ => Err(OpenReason::NotAStore),
     }
+}
+
+/// Compares the two places where SQLite keeps the id of each run, the table and its index.
+///
+/// A row says by its checksum that it is damaged. A run whose id is damaged would be taken for one
+/// that was never begun, and begun again.
+fn check_runs(connection: &Connection) -> Result<(), OpenReason> {
+    let found: String = connection.query_row("PRAGMA integrity_check(runs)", [], |found| found.get(0))?;
+    if found == "ok" { Ok(()) } else { Err(OpenReason::Failed { failure: Failure::Damaged, text: found }) }
 }
 
 fn use_wal(connection: &Connection) -> Result<(), OpenReason> {

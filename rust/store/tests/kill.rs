@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Write, stdout};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 
-use super::{Folder, LATER, NOW, Opened, append, claim, entry, fence, refusal, settings, start, workflow_id};
+use super::{Dice, Folder, LATER, NOW, Opened, append, claim, entry, fence, refusal, settings, start, workflow_id};
 use crate::core::claim::{Fence, Lease, Refusal};
 use crate::store::{Answer, Completion, Store};
 
@@ -83,10 +83,9 @@ fn test_rows_that_were_acknowledged_survive_kills() {
     // RS-024, ST-009: what they need of the store
     let folder = Folder::new();
     let mut told = HashMap::new();
-    let mut dice: u64 = 0x2545_f491_4f6c_dd1d;
+    let mut dice = Dice::new();
     for round in 0..ROUNDS {
-        dice = dice.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
-        kill_after(spawn(&folder), 1 + (dice >> 40) as usize % 400, &mut told);
+        kill_after(spawn(&folder), 1 + dice.below(400), &mut told);
         if round % 10 != 9 {
             continue; // the next child opens what this one left
         }

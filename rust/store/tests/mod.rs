@@ -1,5 +1,6 @@
 //! The store against the real disk.
 
+mod damage;
 mod files;
 mod kill;
 mod model;
@@ -141,5 +142,21 @@ fn refusal<R: std::fmt::Debug>(outcome: Result<R, StoreError>) -> Refusal {
     match outcome {
         Err(StoreError::Refused { refusal, .. }) => refusal,
         other => panic!("no refusal: {other:?}"),
+    }
+}
+
+/// The same dice each time.
+struct Dice(u64);
+
+impl Dice {
+    fn new() -> Self {
+        Self(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % bound
     }
 }

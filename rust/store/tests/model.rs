@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Folder, NOW, entry, workflow_id};
+use super::{Dice, Folder, NOW, entry, workflow_id};
 use crate::core::checkpoint::{Limits, Row, RowKind};
 use crate::core::claim::{Fence, Refusal, RunStatus};
 use crate::store::connection::open_to_read;
@@ -15,18 +15,6 @@ use crate::store::{Answer, Operation, RunFilter};
 const OWNERS: usize = 3;
 const ROUNDS: usize = 150;
 const BATCH: usize = 40;
-
-/// The same dice for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % bound
-    }
-}
 
 #[derive(Default)]
 struct Model {
@@ -244,7 +232,7 @@ fn test_store_agrees_with_the_model() {
     let mut databases: Vec<Database> = (0..OWNERS).map(open).collect();
     let presence = Presence::new(&file).expect("not forked");
     let mut reader = Reader::new(open_to_read(&file).expect("a reader"), presence);
-    let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+    let mut dice = Dice::new();
     let mut model = Model::default();
     let mut now = NOW;
     let mut seen: BTreeMap<String, usize> = BTreeMap::new();
