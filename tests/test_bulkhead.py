@@ -627,6 +627,32 @@ async def test_split_that_ends_while_its_slot_is_on_its_way(passes: int) -> None
     assert counts(bulkhead) == (0, 0)
 
 
+@pytest.mark.virtual
+async def test_slot_for_a_split_that_is_ending_goes_on_at_once() -> None:
+    """A slot that reaches a split which is cancelled, but still cleans up, does not wait for that."""
+    bulkhead, log = Bulkhead(2), list[str]()
+
+    async def cleans() -> None:
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(STEP)
+            log.append("cleaned")
+
+    await bulkhead.__aenter__()
+    run = run_split([cleans, pytest.fail], bulkhead)
+    await ticks()
+    next_one = asyncio.create_task(entering(bulkhead, log, "next"))
+    await ticks()
+
+    run.cancel()
+    await bulkhead.__aexit__(None, None, None)
+    await asyncio.wait([run, next_one])
+
+    assert log == ["next", "cleaned"]
+    assert counts(bulkhead) == (0, 0)
+
+
 async def test_closed_run_gives_its_slots_back() -> None:
     """A run that is closed leaves the line, and its branches give their slots back when they have ended."""
     bulkhead = Bulkhead(2)
