@@ -351,6 +351,28 @@ async def test_closed_coroutine_leaves_the_line() -> None:
     assert (before, after, counts(bulkhead)) == ((1, 1), (1, 0), (0, 0))
 
 
+async def test_slot_that_an_exception_lets_go() -> None:
+    """A slot that is let go by what an exception unwinds goes on to the next, and the exception is not disturbed."""
+    bulkhead, log = Bulkhead(1), list[str]()
+    await bulkhead.__aenter__()
+    ways = [bulkhead.__aenter__().__await__()]  # type: ignore[attr-defined]
+    next(ways[0])
+    waiting = asyncio.create_task(entering(bulkhead, log, "next"))
+    await ticks()
+    await bulkhead.__aexit__(None, None, None)
+    await ticks()
+
+    def fail() -> None:
+        raise Oops
+
+    with pytest.raises(Oops):
+        print(ways.pop(), fail())  # the first argument is dropped while the second raises
+    await waiting
+
+    assert log == ["next"]
+    assert counts(bulkhead) == (0, 0)
+
+
 async def test_task_that_nobody_else_keeps_alive_gets_its_slot() -> None:
     """The line keeps whoever waits alive."""
     bulkhead, release, log = Bulkhead(1), asyncio.Event(), list[str]()
@@ -624,6 +646,32 @@ async def test_split_that_ends_while_its_slot_is_on_its_way(passes: int) -> None
     await asyncio.wait([run, next_one])
 
     assert log == ["next"]
+    assert counts(bulkhead) == (0, 0)
+
+
+@pytest.mark.virtual
+async def test_slot_for_a_split_that_is_ending_goes_on_at_once() -> None:
+    """A slot that reaches a split which is cancelled, but still cleans up, does not wait for that."""
+    bulkhead, log = Bulkhead(2), list[str]()
+
+    async def cleans() -> None:
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(STEP)
+            log.append("cleaned")
+
+    await bulkhead.__aenter__()
+    run = run_split([cleans, pytest.fail], bulkhead)
+    await ticks()
+    next_one = asyncio.create_task(entering(bulkhead, log, "next"))
+    await ticks()
+
+    run.cancel()
+    await bulkhead.__aexit__(None, None, None)
+    await asyncio.wait([run, next_one])
+
+    assert log == ["next", "cleaned"]
     assert counts(bulkhead) == (0, 0)
 
 
@@ -946,14 +994,13 @@ class Shared:
 class Model:
     """The slots and the line, in plain words.
 
-    A slot that is given back belongs to the first of the line; `granted` are those who have not heard of it yet, None for
-    one who has gone before the news came.
+    A slot that is given back belongs to the first of the line; `granted` are those who have not heard of it yet.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.line: list[Hand | Shared] = []
-        self.granted: list[Hand | Shared | None] = []
+        self.granted: list[Hand | Shared] = []
         self.told: list[Hand] = []
         self.inside: list[Hand] = []
         self.splits: list[Shared] = []
@@ -982,9 +1029,7 @@ class Model:
         """Those who were granted a slot hear of it."""
         while self.granted:
             one = self.granted.pop(0)
-            if one is None:
-                self.give_back()
-            elif isinstance(one, Hand):
+            if isinstance(one, Hand):
                 self.told.append(one)
             else:
                 self.start(one)
@@ -1121,11 +1166,12 @@ class BulkheadMachine(RuleBasedStateMachine):
                 hand.way_in.throw(asyncio.CancelledError())
         if hand in self.model.line:
             self.model.line.remove(hand)
-        elif hand in self.model.granted:
-            self.model.granted[self.model.granted.index(hand)] = None
-        else:
-            self.model.told.remove(hand)
-            self.model.give_back()
+            return
+        places: tuple[list[Any], ...] = (self.model.granted, self.model.told)
+        for place in places:
+            if hand in place:
+                place.remove(hand)
+        self.model.give_back()
 
     def body(self, split: Shared) -> Body:
         async def run() -> None:

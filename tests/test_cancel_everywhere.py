@@ -23,6 +23,7 @@ from cano import (
     After,
     BatchTask,
     BranchOutcome,
+    Bulkhead,
     Continue,
     Done,
     ItemErrorPolicy,
@@ -118,6 +119,7 @@ class Ledger:
     messages: list[tuple[Any, ...]] = field(default_factory=list)
     live: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    bulkheads: list[Bulkhead] = field(default_factory=list)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -151,9 +153,15 @@ class Ledger:
         if not self.live or self.live.pop() != name:
             self.violations.append(f"{name} torn down out of turn")
 
+    def bulkhead(self, limit: int) -> Bulkhead:
+        """A bulkhead that is to be free at the end."""
+        self.bulkheads.append(Bulkhead(limit))
+        return self.bulkheads[-1]
+
     def check(self) -> None:
-        """Nothing of the run is alive, and its resources came and went as they should."""
+        """Nothing of the run is alive, its bulkheads are free, and its resources came and went as they should."""
         assert not self.alive
+        assert [(bulkhead.in_use, bulkhead.waiting) for bulkhead in self.bulkheads] == [(0, 0)] * len(self.bulkheads)
         assert not self.live
         assert not self.violations
 
@@ -336,6 +344,28 @@ def split_with_bulkhead(ledger: Ledger) -> Workflow[str]:
 @shape("split")
 def split_any_with_bulkhead(ledger: Ledger) -> Workflow[str]:
     return joined(ledger, *branches(ledger, 1, 2, 1, 1), strategy=JoinStrategy.Any, bulkhead=2)
+
+
+@shape("split")
+def split_hedged(ledger: Ledger) -> Workflow[str]:
+    return joined(ledger, *branches(ledger, 9, 2, 1, 9, fails=(1,)), strategy=JoinStrategy.Any, hedge_after=1.25)
+
+
+@shape("split")
+def splits_over_a_shared_bulkhead(ledger: Ledger) -> Workflow[str]:
+    shared = ledger.bulkhead(2)
+
+    def inner(name: str, strategy: JoinStrategy) -> Callable[[], Any]:
+        tasks = [does(ledger, f"{name}{index}", "x", seconds=index) for index in (1, 2, 1)]
+        nested = Workflow[str]().register_split("split", tasks, JoinConfig(strategy, "done", bulkhead=shared))
+        nested.add_exit_state("done")
+        return lambda: nested.orchestrate("split")
+
+    async def by_hand() -> None:
+        async with shared:
+            await ledger.work("by hand")
+
+    return joined(ledger, inner("p", JoinStrategy.All), inner("q", JoinStrategy.Any), by_hand)
 
 
 @shape("split")
@@ -742,6 +772,8 @@ NAMES = tuple(SHAPES)
 def random_shape(seed: int, ledger: Ledger) -> Workflow[str]:
     """States in a row, some of which split, with limits, retries and resources by the dice; twice nested at most."""
     dice = random.Random(seed)
+    gates = random.Random(~seed)
+    shared = [ledger.bulkhead(2) for _ in range(4)]  # by depth: over one bulkhead nothing is nested
 
     def leaf(name: str, result: str) -> Task[Any]:
         config = TaskConfig(attempt_timeout=dice.choice((None, None, 0.5, 1, 1.5)))
@@ -770,6 +802,10 @@ def random_shape(seed: int, ledger: Ledger) -> Workflow[str]:
             ]
             strategy = dice.choice((JoinStrategy.All, JoinStrategy.Any, JoinStrategy.Quorum(width // 2 + 1)))
             limits = {"timeout": dice.choice((None, 0.5, 1.5, 3)), "bulkhead": dice.choice((None, None, 1, 2))}
+            if gates.random() < 0.3:
+                limits["bulkhead"] = shared[prefix.count(".")]
+            if strategy == JoinStrategy.Any and gates.random() < 0.5:
+                limits["hedge_after"] = gates.choice((0.25, 1))
             join = JoinConfig(strategy, after, fail_fast=dice.random() < 0.3, **limits)
             workflow.register_split(state, tasks, join)
         return workflow
@@ -791,6 +827,8 @@ CANCELS_BY_ITSELF = {
     "split_any",
     "split_quorum",
     "split_any_with_bulkhead",
+    "split_hedged",
+    "splits_over_a_shared_bulkhead",
     "partial_timeout",
     "join_timeout",
     "split_with_retries",
@@ -1065,6 +1103,8 @@ def test_second_cancel_soon_after_every_step_leaves_nothing(name: str, how: type
         "split_made_at_run_time",
         "split_quorum",
         "split_with_bulkhead",
+        "split_hedged",
+        "splits_over_a_shared_bulkhead",
     ],
 )
 def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
@@ -1087,6 +1127,7 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
         "batch_read_slowly",
         "split_all",
         "split_any_with_bulkhead",
+        "splits_over_a_shared_bulkhead",
         "split_in_split",
         "fork",
         "resources",

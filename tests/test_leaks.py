@@ -19,6 +19,7 @@ import pytest
 from cano import (
     BatchTask,
     BranchOutcome,
+    Bulkhead,
     Caught,
     InvalidTransitionError,
     JoinConfig,
@@ -197,6 +198,16 @@ SHAPES: dict[str, tuple[Workflow[str], Callable[[Workflow[str]], Any], Any]] = {
         split(forever, value, forever, strategy=JoinStrategy.Any, timeout=60),
         lambda workflow: ended(workflow.orchestrate("only")),
         "done",
+    ),
+    "hedged split": (
+        split(fails, value, forever, strategy=JoinStrategy.Any, hedge_after=60),
+        lambda workflow: ended(workflow.orchestrate("only")),
+        "done",
+    ),
+    "shared bulkhead": (
+        split(waits_a_turn, value, waits_a_turn, bulkhead=Bulkhead(1)),
+        lambda workflow: asyncio.gather(*(workflow.orchestrate("only") for _ in range(2))),
+        ["done", "done"],
     ),
     "cancelled split": (
         split(forever, forever, bulkhead=1),

@@ -2,13 +2,13 @@
 //!
 //! The core keeps the slots and the line. A slot in use is a `Slot`, which is given back when it is dropped, however that
 //! comes about. A slot that passes on to somebody in the line travels as a `Grant`, the argument of a call in their own loop:
-//! `call_soon` from within it, else `call_soon_threadsafe`. Who wants it no more by then drops it, a loop that is closed drops
-//! its calls, and one that is closed already refuses them: the slot goes to the next in each case.
+//! `call_soon` from within it, else `call_soon_threadsafe`. Who leaves meanwhile takes it out of the grant and drops it, a loop
+//! that is closed drops its calls, and one that is closed already refuses them: the slot goes to the next in each case.
 //!
 //! Invariant: the lock is held while the core answers; nothing of Python is called or let go meanwhile.
 
 use std::mem;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
@@ -22,10 +22,32 @@ use super::asyncio::Asyncio;
 use super::convert::count;
 use super::errors::{check_name, thrown};
 
+/// Where a slot lies on its way.
+#[derive(Default)]
+struct Envelope(Mutex<Option<Slot>>);
+
+impl Envelope {
+    fn take(&self) -> Option<Slot> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn put(&self, slot: Slot) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(slot);
+    }
+}
+
 /// Somebody in the line: an object that takes a `Grant` in its method `_granted`, which its loop calls.
-pub(super) struct Waiting {
-    pub(super) event_loop: Py<PyAny>,
-    pub(super) who: Py<PyAny>,
+struct Waiting {
+    event_loop: Py<PyAny>,
+    who: Py<PyAny>,
+    envelope: Arc<Envelope>,
+}
+
+/// A place in the line, for its owner.
+pub(super) struct Queued {
+    ticket: Ticket,
+    /// Of the line, then of the grant: where both are gone the slot is as well.
+    envelope: Weak<Envelope>,
 }
 
 struct Books {
@@ -122,24 +144,39 @@ impl PyBulkhead {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a free slot, or stands in the line.
-    pub(super) fn acquire(slf: &Bound<'_, Self>, waiting: impl FnOnce() -> Waiting) -> Result<Slot, Ticket> {
-        match slf.get().books().slots.acquire(waiting) {
+    /// Takes a free slot, or stands in the line: the loop will call the method `_granted` of `who`.
+    pub(super) fn acquire(
+        slf: &Bound<'_, Self>,
+        event_loop: &Bound<'_, PyAny>,
+        who: &Bound<'_, PyAny>,
+    ) -> Result<Slot, Queued> {
+        let mut envelope = Weak::new();
+        let place = slf.get().books().slots.acquire(|| {
+            let waiting = Waiting {
+                event_loop: event_loop.clone().unbind(),
+                who: who.clone().unbind(),
+                envelope: Arc::default(),
+            };
+            envelope = Arc::downgrade(&waiting.envelope);
+            waiting
+        });
+        match place {
             Place::Taken => Ok(Slot::of(slf)),
-            Place::Waiting(ticket) => Err(ticket),
+            Place::Waiting(ticket) => Err(Queued { ticket, envelope }),
         }
     }
 
-    /// Whether a slot that would be given back now would come back, to this ticket; then the ticket is used up.
-    pub(super) fn renew(&self, ticket: Ticket) -> bool {
-        let first = self.books().slots.renew(ticket);
+    /// Whether a slot that would be given back now would come back, to this place; then the place is used up.
+    pub(super) fn renew(&self, queued: &Queued) -> bool {
+        let first = self.books().slots.renew(queued.ticket);
         first.is_some()
     }
 
-    /// Gives up a place in the line; if a slot came first, it is on its way.
-    pub(super) fn leave(&self, ticket: Ticket) {
-        let left = self.books().slots.leave(ticket);
-        drop(left);
+    /// Gives up a place in the line, or the slot that is on its way.
+    pub(super) fn leave(&self, queued: &Queued) {
+        let left = self.books().slots.leave(queued.ticket);
+        let slot = queued.envelope.upgrade().and_then(|envelope| envelope.take());
+        drop((left, slot));
     }
 
     /// A slot is free, or passes on to the first in the line who can be told.
@@ -182,28 +219,23 @@ impl Slot {
         self.bulkhead.take()
     }
 
-    /// Calls somebody in the line; the slot comes back if that is not possible.
+    /// Calls somebody who was in the line; the slot comes back if that is not possible.
     fn pass_on(self, py: Python<'_>, waiting: &Waiting) -> Option<Slot> {
         let event_loop = waiting.event_loop.bind(py);
-        let grant = match Bound::new(py, Grant(Mutex::new(Some(self)))) {
-            Ok(grant) => grant,
-            Err(error) => {
-                error.write_unraisable(py, None);
-                return None; // dropped, and so given back
-            }
-        };
+        waiting.envelope.put(self);
         let call = || {
+            let grant = Bound::new(py, Grant(waiting.envelope.clone()))?;
             let is_inside = Asyncio::of(py)?.is_running(event_loop)?;
             let name = if is_inside { intern!(py, "call_soon") } else { intern!(py, "call_soon_threadsafe") };
             let granted = waiting.who.bind(py).getattr(intern!(py, "_granted"))?;
-            event_loop.call_method1(name, (granted, &grant))
+            event_loop.call_method1(name, (granted, grant))
         };
         let error = call().err()?;
         let is_closed = event_loop.call_method0(intern!(py, "is_closed")).and_then(|closed| closed.is_truthy());
         if !is_closed.unwrap_or(false) {
             error.write_unraisable(py, Some(event_loop));
         }
-        grant.get().take()
+        waiting.envelope.take()
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -222,19 +254,19 @@ impl Drop for Slot {
 
 /// A slot on its way to its new owner.
 #[pyclass(frozen, module = "cano._core")]
-pub(super) struct Grant(Mutex<Option<Slot>>);
+pub(super) struct Grant(Arc<Envelope>);
 
 impl Grant {
-    /// The slot, once.
+    /// The slot, unless its owner has given it up.
     pub(super) fn take(&self) -> Option<Slot> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.0.take()
     }
 }
 
 #[pymethods]
 impl Grant {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        match self.0.try_lock() {
+        match self.0.0.try_lock() {
             Ok(slot) => slot.as_ref().map_or(Ok(()), |slot| slot.traverse(&visit)),
             Err(_) => Ok(()),
         }
@@ -244,7 +276,7 @@ impl Grant {
 enum At {
     Entrance,
     /// In the line; the task waits for the future.
-    Line(Ticket, Py<PyAny>),
+    Line(Queued, Py<PyAny>),
     /// The slot is there, and the task about to be resumed.
     Slot(Slot),
     Exit,
@@ -267,33 +299,32 @@ impl Passage {
         let (py, this) = (slf.py(), slf.get());
         let bulkhead = this.bulkhead.bind(py);
         let event_loop = Asyncio::of(py)?.running_loop(py)?;
-        let waiting = || Waiting { event_loop: event_loop.clone().unbind(), who: slf.clone().into_any().unbind() };
-        match PyBulkhead::acquire(bulkhead, waiting) {
+        match PyBulkhead::acquire(bulkhead, &event_loop, slf) {
             Ok(slot) => {
                 bulkhead.get().enter(slot);
                 Ok(None)
             }
-            Err(ticket) => {
+            Err(queued) => {
                 let future = event_loop.call_method0(intern!(py, "create_future"));
                 // A line that one cannot wait in is left.
-                let future = future.inspect_err(|_| bulkhead.get().leave(ticket))?;
-                this.wait(ticket, future).map(Some)
+                let future = future.inspect_err(|_| bulkhead.get().leave(&queued))?;
+                this.wait(queued, future).map(Some)
             }
         }
     }
 
     /// Hands the future out, as an `await` of it does.
-    fn wait(&self, ticket: Ticket, future: Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+    fn wait(&self, queued: Queued, future: Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
         future.setattr(intern!(future.py(), "_asyncio_future_blocking"), true)?;
         let handed = future.clone().unbind();
-        drop(self.go_to(At::Line(ticket, future.unbind())));
+        drop(self.go_to(At::Line(queued, future.unbind())));
         Ok(handed)
     }
 
     /// Leaves the line, or gives the slot on.
-    fn turn_back(&self, py: Python<'_>) {
+    fn turn_back(&self) {
         match self.go_to(At::Over) {
-            At::Line(ticket, _) => self.bulkhead.bind(py).get().leave(ticket),
+            At::Line(queued, _) => self.bulkhead.get().leave(&queued),
             At::Slot(slot) => drop(slot),
             At::Entrance | At::Exit | At::Over => {}
         }
@@ -314,7 +345,7 @@ impl Passage {
         let (py, this) = (slf.py(), slf.get());
         match this.go_to(At::Over) {
             At::Entrance => Self::enter(slf),
-            At::Line(ticket, future) => this.wait(ticket, future.into_bound(py)).map(Some),
+            At::Line(queued, future) => this.wait(queued, future.into_bound(py)).map(Some),
             At::Slot(slot) => {
                 this.bulkhead.get().enter(slot);
                 Ok(None)
@@ -331,12 +362,12 @@ impl Passage {
         value: Option<Bound<'_, PyAny>>,
         traceback: Option<Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        self.turn_back(kind.py());
+        self.turn_back();
         Err(PyErr::from_value(thrown(kind, value, traceback)?))
     }
 
-    fn close(&self, py: Python<'_>) {
-        self.turn_back(py);
+    fn close(&self) {
+        self.turn_back();
     }
 
     /// The event loop calls this with the slot.

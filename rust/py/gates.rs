@@ -11,19 +11,18 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::core::bulkhead::Ticket;
 use crate::core::hedge::Hedge;
 use crate::core::join::Outcome;
 
 use super::asyncio::disarm;
 use super::branch;
-use super::bulkhead::{Grant, PyBulkhead, Slot, Waiting};
+use super::bulkhead::{Grant, PyBulkhead, Queued, Slot};
 use super::split::{Split, State};
 use super::table::JoinSpec;
 
 struct Shared {
     bulkhead: Py<PyBulkhead>,
-    ticket: Option<Ticket>,
+    queued: Option<Queued>,
     /// The slot that the line brought, until a branch starts with it.
     granted: Option<Slot>,
     /// One for each branch that is alive.
@@ -50,7 +49,7 @@ impl Gates {
         }
         let shared = spec.shared.as_ref().map(|bulkhead| Shared {
             bulkhead: bulkhead.clone_ref(py),
-            ticket: None,
+            queued: None,
             granted: None,
             slots: Vec::new(),
         });
@@ -81,18 +80,15 @@ impl Split {
             return false;
         }
         let Some(shared) = &mut gates.shared else { return true };
-        let slot = match (shared.granted.take(), shared.ticket) {
+        let slot = match (shared.granted.take(), &shared.queued) {
             (Some(slot), _) => slot,
             (None, Some(_)) => return false,
             (None, None) => {
-                let waiting = || Waiting {
-                    event_loop: slf.get().event_loop(slf.py()).clone().unbind(),
-                    who: slf.clone().into_any().unbind(),
-                };
-                match PyBulkhead::acquire(shared.bulkhead.bind(slf.py()), waiting) {
+                let event_loop = slf.get().event_loop(slf.py());
+                match PyBulkhead::acquire(shared.bulkhead.bind(slf.py()), event_loop, slf) {
                     Ok(slot) => slot,
-                    Err(ticket) => {
-                        shared.ticket = Some(ticket);
+                    Err(queued) => {
+                        shared.queued = Some(queued);
                         return false;
                     }
                 }
@@ -111,8 +107,8 @@ impl Split {
             }
             let shared = gates.shared.as_mut()?;
             let slot = shared.slots.pop()?;
-            if shared.ticket.is_some_and(|ticket| shared.bulkhead.get().renew(ticket)) {
-                shared.ticket = None;
+            if shared.queued.as_ref().is_some_and(|queued| shared.bulkhead.get().renew(queued)) {
+                shared.queued = None;
                 shared.granted = Some(slot);
                 return None;
             }
@@ -127,11 +123,11 @@ impl Split {
             let Some(gates) = &mut state.gates else { return (None, None, None) };
             let timer = gates.hedging.as_mut().and_then(|hedging| hedging.timer.take());
             let Some(shared) = &mut gates.shared else { return (None, None, timer) };
-            let place = shared.ticket.take().map(|ticket| (shared.bulkhead.clone_ref(py), ticket));
+            let place = shared.queued.take().map(|queued| (shared.bulkhead.clone_ref(py), queued));
             (place, shared.granted.take(), timer)
         });
-        if let Some((bulkhead, ticket)) = place {
-            bulkhead.get().leave(ticket);
+        if let Some((bulkhead, queued)) = place {
+            bulkhead.get().leave(&queued);
         }
         drop(granted);
         disarm(py, timer.map(|(_, timer)| timer));
@@ -154,7 +150,7 @@ impl Split {
             let is_wanted = state.goes_on();
             match state.gates.as_mut().and_then(|gates| gates.shared.as_mut()) {
                 Some(shared) if is_wanted => {
-                    shared.ticket = None;
+                    shared.queued = None;
                     shared.granted.replace(slot)
                 }
                 _ => Some(slot),
