@@ -1111,7 +1111,7 @@ class Model:
         self.now = until
 
 
-HAIR = 2e-10
+HAIR = 1e-12
 
 POLICIES = st.one_of(
     st.builds(
@@ -1257,7 +1257,7 @@ LimitersAgainstModel.TestCase.settings = settings(
     deadline=None,
     max_examples=100 if DEBUG else 1_000,
     stateful_step_count=50,
-    derandomize=True,  # two timers of one nanosecond, a sum of floats apart, are the model's fault, not the limiter's
+    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
 test_limiters_against_the_model = pytest.mark.model(pytest.mark.timeout(120)(LimitersAgainstModel.TestCase))
