@@ -6,6 +6,8 @@ compatibility mode. Two marks: ``virtual`` needs the virtual
 clock and is skipped on the last two; ``realtime`` uses real time or real sockets and never runs on the virtual clock.
 Plain tests that call `cano.testing.run` are on the virtual clock whatever the option says.
 
+Hypothesis plays the same examples each time; ``--hypothesis-profile=default`` plays new ones.
+
 A test fails that leaves a task, a pending timer, a thread, or an error that asyncio had to report because nobody took it.
 In a test that runs a loop of its own nobody sees the tasks: there, `cano.testing.assert_no_orphans` is the last line.
 """
@@ -18,6 +20,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 
+import hypothesis
 import pytest
 from pytest_asyncio import is_async_test
 
@@ -26,6 +29,9 @@ from cano.testing import VirtualClockLoop
 from cano.testing._leaks import ENGINE_THREADS, Orphan, alive, describe, expect_none, started_threads
 
 pytest_plugins = ("pytester",)
+
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 _LOOP = pytest.StashKey[asyncio.AbstractEventLoop]()
 

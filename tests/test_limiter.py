@@ -1257,7 +1257,6 @@ LimitersAgainstModel.TestCase.settings = settings(
     deadline=None,
     max_examples=100 if DEBUG else 1_000,
     stateful_step_count=50,
-    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
 test_limiters_against_the_model = pytest.mark.model(pytest.mark.timeout(120)(LimitersAgainstModel.TestCase))
