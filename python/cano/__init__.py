@@ -6,6 +6,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -32,6 +33,8 @@ from ._errors import (
     AttemptTimeoutError,
     CanoError,
     CircuitOpenError,
+    CompensationFailedError,
+    CompensationTimeoutError,
     ConfigurationError,
     DuplicateResourceError,
     InvalidTransitionError,
@@ -39,6 +42,11 @@ from ._errors import (
     JoinTimeoutError,
     KeyNotFoundError,
     NonRetryable,
+    Orphan,
+    OrphanedStepError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
+    OutputUnreadableError,
     RateLimitedError,
     ResourceError,
     ResourceNotFoundError,
@@ -91,6 +99,9 @@ __all__ = [
     "CircuitPolicy",
     "CircuitSnapshot",
     "CircuitState",
+    "Codec",
+    "CompensationFailedError",
+    "CompensationTimeoutError",
     "ConfigurationError",
     "Continue",
     "Done",
@@ -104,12 +115,18 @@ __all__ = [
     "JoinError",
     "JoinStrategy",
     "JoinTimeoutError",
+    "JsonCodec",
     "KeyNotFoundError",
     "LimiterSnapshot",
     "MemoryStore",
     "More",
     "MultiRateLimiter",
     "NonRetryable",
+    "Orphan",
+    "OrphanedStepError",
+    "OutputNotSerializableError",
+    "OutputTooLargeError",
+    "OutputUnreadableError",
     "Pending",
     "Permit",
     "PollErrorPolicy",

@@ -12,6 +12,8 @@ from ._errors import (
     ConfigurationError,
     InvalidTransitionError,
     NonRetryable,
+    OutputNotSerializableError,
+    OutputTooLargeError,
     ResourceError,
     UnknownStateError,
     show,
@@ -26,6 +28,8 @@ FINAL_ERRORS: tuple[type[Exception], ...] = (
     InvalidTransitionError,
     UnknownStateError,
     ResourceError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
 )
 _NEVER_RETRIED: tuple[type[Exception], ...] = (
     TypeError,
