@@ -14,6 +14,8 @@ __all__ = [
     "Bulkhead",
     "CircuitBreaker",
     "CircuitPolicy",
+    "Compensation",
+    "Completion",
     "ErrorContext",
     "Factory",
     "Filling",
@@ -1057,7 +1059,13 @@ class Plan:
 @final
 class TaskSpec:
     def __new__(
-        cls, call: Callable[..., Any], name: str, plan: Plan, policy: Policy | None, model: str | None = None
+        cls,
+        call: Callable[..., Any],
+        name: str,
+        plan: Plan,
+        policy: Policy | None,
+        model: str | None = None,
+        compensation: Compensation | None = None,
     ) -> TaskSpec: ...
     @property
     def name(self) -> str: ...
@@ -1065,6 +1073,33 @@ class TaskSpec:
     def plan(self) -> Plan: ...
     @property
     def model(self) -> str | None: ...
+
+@final
+class Compensation:
+    def __new__(cls, task: TaskSpec, output_type: Any, register_before: bool) -> Compensation: ...
+
+@final
+class Completion:
+    @property
+    def state(self) -> Any: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def visit(self) -> int: ...
+    @property
+    def output(self) -> Any: ...
+    @property
+    def output_type(self) -> Any: ...
+    @property
+    def is_stored(self) -> bool: ...
+    @property
+    def sequence(self) -> int | None: ...
+    @property
+    def limit(self) -> float | None: ...
+    @property
+    def has_compensation(self) -> bool: ...
+    def undo(self, output: Any) -> Any: ...
+    def annotate(self, run: Run, error: BaseException) -> None: ...
 
 @final
 class Factory:
@@ -1092,6 +1127,7 @@ class Table:
             type[Any],
             type[Any],
         ],
+        compensation_timeout: float | None,
     ) -> Table: ...
     def check_initial(self, state: Any) -> None: ...
 
@@ -1141,6 +1177,7 @@ class Run:
         /,
     ) -> Run: ...
     def annotate(self, error: BaseException) -> None: ...
+    def completion(self, state: str, task: str, visit: int, sequence: int, output: bytes | None, /) -> Completion: ...
     @property
     def cr_await(self) -> Any: ...
     @property

@@ -349,21 +349,47 @@ pub(super) struct TaskSpec {
     pub(super) model: Option<Py<PyString>>,
     /// Whether each attempt is one step of several.
     pub(super) has_steps: bool,
+    pub(super) compensation: Option<Py<Compensation>>,
+}
+
+/// How a compensatable task is undone.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Compensation {
+    /// Called with the output first.
+    pub(super) task: Py<TaskSpec>,
+    /// The annotation of the output.
+    pub(super) output_type: Py<PyAny>,
+    /// Whether the task is undone even if it began and did not end well.
+    register_before: bool,
+}
+
+#[pymethods]
+impl Compensation {
+    #[new]
+    fn new(task: Py<TaskSpec>, output_type: Py<PyAny>, register_before: bool) -> Self {
+        Self { task, output_type, register_before }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.task)?;
+        visit.call(&self.output_type)
+    }
 }
 
 #[pymethods]
 impl TaskSpec {
     #[new]
-    #[pyo3(signature = (call, name, plan, policy, model=None))]
+    #[pyo3(signature = (call, name, plan, policy, model=None, compensation=None))]
     fn new(
         call: Py<PyAny>,
         name: Py<PyString>,
         plan: Py<Plan>,
         policy: Option<Py<Policy>>,
         model: Option<Py<PyString>>,
+        compensation: Option<Py<Compensation>>,
     ) -> Self {
         let has_steps = plan.get().sources.iter().any(|source| matches!(source, Source::Cursor));
-        Self { call, name, plan, policy, model, has_steps }
+        Self { call, name, plan, policy, model, has_steps, compensation }
     }
 
     #[getter]
@@ -384,7 +410,8 @@ impl TaskSpec {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.call)?;
         visit.call(&self.plan)?;
-        visit.call(&self.policy)
+        visit.call(&self.policy)?;
+        visit.call(&self.compensation)
     }
 }
 
@@ -400,11 +427,16 @@ impl TaskSpec {
             policy: self.policy.as_ref().map(|policy| policy.clone_ref(py)),
             model: None,
             has_steps: false,
+            compensation: None,
         })
     }
 
     pub(super) fn plan_ref(&self) -> &Plan {
         self.plan.get()
+    }
+
+    pub(super) fn registers_before(&self) -> bool {
+        self.compensation.as_ref().is_some_and(|compensation| compensation.get().register_before)
     }
 
     pub(super) fn max_attempts(&self) -> u32 {
