@@ -147,7 +147,8 @@ impl Completion {
 }
 
 impl Drive {
-    /// What a compensatable task returned: the next state, and its output.
+    /// What a compensatable task returned: the next state, and its output. If that is refused the run ends, whatever
+    /// `on_error` says.
     pub(super) fn compensatable<'py>(
         &mut self,
         run: &Bound<'py, Run>,
@@ -160,7 +161,8 @@ impl Drive {
                 self.place(run)?,
                 value.get_type().qualname()?
             ));
-            return Err(self.failed(run, self.task(run), error));
+            let error = self.failed(run, self.task(run), error);
+            return self.unwind(run, error);
         };
         let step = self.completion(run, &task, pair.get_item(1)?.unbind());
         match self.route(run, &pair.get_item(0)?) {
@@ -178,7 +180,7 @@ impl Drive {
         Ok(Flow::Go(Phase::Enter(next)))
     }
 
-    /// A compensatable step is done, and what it returned is refused: it is undone with the others, whatever `on_error` says.
+    /// A compensatable step is done, and what it returned is refused: it is undone with the others.
     pub(super) fn rejected<'py>(
         &mut self,
         run: &Bound<'py, Run>,
