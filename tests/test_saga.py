@@ -5,6 +5,7 @@ counts what was done and undone over random workflows and every place where they
 """
 
 import asyncio
+import contextlib
 import contextvars
 import enum
 import gc
@@ -740,8 +741,10 @@ def test_compensatable_state_in_a_declared_branch():
     workflow._states["left"] = Workflow().register("left", left)._states["left"]
 
     assert problems(workflow) == (
-        "a branch of the split in state fork leads to a, whose task is compensatable; "
-        "do it before the split or after the join",
+        (
+            "a branch of the split in state fork leads to a, whose task is compensatable; "
+            "do it before the split or after the join"
+        ),
     )
 
 
@@ -835,7 +838,7 @@ def test_compensation_takes_the_output_first():
 
     with pytest.raises(ConfigurationError, match="must take output first"):
         Workflow().register_with_compensation("a", Nothing([], "a", "b"))
-    with pytest.raises(ConfigurationError, match="parameter other of task a.compensate is annotated"):
+    with pytest.raises(ConfigurationError, match=r"parameter other of task a\.compensate is annotated"):
         Workflow().register_with_compensation("a", Unknown([], "a", "b"))
 
 
@@ -1007,10 +1010,8 @@ class Slow(CompensatableTask):
 
     async def run(self):
         self.log.append("a")
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            pass
         return "charge", None
 
     def compensate(self, output):
@@ -1418,7 +1419,7 @@ async def test_stored_outputs_are_read_by_their_annotation():
 def test_type_of_an_output(run, compensate, type_):
     """An output is read as ``run`` annotates it, or else as ``compensate`` does, or else as plain JSON."""
 
-    class Annotated_(Step):
+    class Tells(Step):
         async def run(self):
             raise AssertionError
 
@@ -1426,10 +1427,10 @@ def test_type_of_an_output(run, compensate, type_):
             raise AssertionError
 
     if run is not None:
-        Annotated_.run.__annotations__["return"] = run
+        Tells.run.__annotations__["return"] = run
     if compensate is not None:
-        Annotated_.compensate.__annotations__["output"] = compensate
-    workflow = Workflow().register_with_compensation("a", Annotated_([], "a", "done")).add_exit_state("done")
+        Tells.compensate.__annotations__["output"] = compensate
+    workflow = Workflow().register_with_compensation("a", Tells([], "a", "done")).add_exit_state("done")
 
     assert native(workflow).completion("a", "a", 1, 0, b"1").output_type is type_
 
