@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import inspect
 import logging
+import math
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from ._batch import Batch, BatchTask
 from ._config import TaskConfig
 from ._core import RetryMode, StreamWindow
 from ._errors import ConfigurationError, show
+from ._log import written
 from ._methods import OWN, Method, not_one_of, outcome, plan_of, requests
 from ._models import (
     After,
@@ -41,7 +43,7 @@ from ._models import (
     Until,
 )
 from ._stream import Stream
-from ._tasks import Form, config_of, name_of, prepare_task, spec_of
+from ._tasks import Form, config_of, given_type, name_of, prepare_task, spec_of
 
 _log = logging.getLogger("cano")
 
@@ -91,11 +93,17 @@ class _Timer:
         self._wait = wait
         self._after_wait = after_wait
 
-    async def run(self, *filled: Any) -> Any:
+    async def run(self, run: _core.Run, *filled: Any) -> Any:
         arguments = iter(filled)
         wait, after_wait = self._wait.bind(arguments), self._after_wait.bind(arguments)
-        due = await outcome(wait())
-        await asyncio.sleep(self._seconds(due))
+        log = run.log
+        if log is not None and log.due_at is not None:  # a visit that goes on keeps its due time
+            seconds = max(0.0, log.due_at / 1000 - time.time())
+        else:
+            seconds = self._seconds(await outcome(wait()))
+            if log is not None:
+                await written(log, log.timer(math.ceil((time.time() + seconds) * 1000)))
+        await asyncio.sleep(seconds)
         return await outcome(after_wait())
 
     def _seconds(self, due: Any) -> float:
@@ -134,7 +142,7 @@ def _poll(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
 
 def _timer(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     wait, after_wait = Method.of(task, name, "wait", Form()), Method.of(task, name, "after_wait", Form())
-    plan = plan_of((wait, after_wait), (after_wait,))
+    plan = plan_of((wait, after_wait), (after_wait,), leads_with=("run",))
     return _core.TaskSpec(_Timer(name, wait, after_wait).run, name, plan, config._policy, "timer")
 
 
@@ -143,7 +151,7 @@ def _stepped(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     sources, keywords, declared = step.reading
     is_coroutine_function = inspect.iscoroutinefunction(step.call)
     plan = _core.Plan([("cursor", None, None), *sources], keywords, declared, is_coroutine_function)
-    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task")
+    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task", given_type(step.call))
 
 
 _ASKS = ((StreamProgress, OWN),)
@@ -162,7 +170,8 @@ def _stream(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     limit = cast("float | None", config.attempt_timeout)
     skips = policy == ItemErrorPolicy.Skip
     stream = Stream(name, methods, window, limit, _retries(policy._retries or 0), skips=skips)
-    return _core.TaskSpec(stream.run, name, plan_of(methods, methods[2:]), None, "stream")
+    plan = plan_of(methods, methods[2:], leads_with=("run",))
+    return _core.TaskSpec(stream.run, name, plan, None, "stream", given_type(methods[0].call))
 
 
 def _check_config(name: str, config: TaskConfig) -> None:

@@ -207,6 +207,12 @@ def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading
     return Reading(sources, tuple(keywords) or None, declared)
 
 
+def given_type(call: Callable[..., Any]) -> Any:
+    """The annotation of what a method is given first; Any if it has none."""
+    first = next(iter(inspect.signature(call).parameters.values()))
+    return _resolve(first.annotation, innermost(call), missing=Any)
+
+
 def innermost(call: Callable[..., Any]) -> Any:
     """The function whose annotations count: behind partials, wrappers and ``__call__``."""
     inner: Any = call

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Hashable, Iterable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from . import _core
+from ._checkpoints import CheckpointStore
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig
+from ._durable import RECOVERY_LIMIT, Definition, Migration, Ownership, begin, fingerprint, resume
 from ._errors import (
     LABEL_LIMIT,
     ConfigurationError,
@@ -20,6 +24,7 @@ from ._errors import (
     show,
 )
 from ._join import JoinConfig
+from ._log import settled
 from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
@@ -62,7 +67,22 @@ class Workflow(Generic[S]):
         'done'
     """
 
-    __slots__ = ("__weakref__", "_exits", "_name", "_resources", "_states", "_table", "_timeout", "_workflow_id")
+    __slots__ = (
+        "__weakref__",
+        "_codec",
+        "_exits",
+        "_known",
+        "_migrate",
+        "_name",
+        "_recovery_limit",
+        "_resources",
+        "_states",
+        "_store",
+        "_table",
+        "_timeout",
+        "_version",
+        "_workflow_id",
+    )
 
     def __init__(self, resources: Resources | Mapping[Any, Any] | None = None, *, name: str | None = None) -> None:
         if name is not None:
@@ -73,7 +93,13 @@ class Workflow(Generic[S]):
         self._exits: dict[S, None] = {}
         self._timeout: float | None = None
         self._workflow_id: str | None = None
+        self._store: CheckpointStore | None = None
+        self._version = 0
+        self._codec: Codec = JsonCodec()
+        self._migrate: Migration | None = None
+        self._recovery_limit = RECOVERY_LIMIT
         self._table: _core.Table | None = None
+        self._known: Definition | None = None
 
     @classmethod
     def bare(cls, *, name: str | None = None) -> Self:
@@ -302,6 +328,73 @@ class Workflow(Generic[S]):
         self._workflow_id = _checked_id(workflow_id)
         return self
 
+    def with_checkpoint_store(self, store: CheckpointStore | None, *, codec: Codec | None = None) -> Self:
+        """Make the runs durable: each writes its rows to this store, and can be resumed there.
+
+        Every state that is entered is a row, written before its task begins; so a step is done for good once the next state
+        is entered. A run that ends well clears its rows.
+
+        Args:
+            store: A `SqliteCheckpointStore`, a `PostgresCheckpointStore`, an `InMemoryCheckpointStore` or one of your own;
+                None makes the runs what they are without.
+            codec: How cursors, outputs and run data become bytes; None is `JsonCodec`.
+
+        Raises:
+            ConfigurationError: The store lacks a method of `CheckpointStore`, or `codec` one of `Codec`.
+        """
+        self._check_open()
+        for method in () if store is None else ("append", "load_run", "clear"):
+            if not callable(getattr(store, method, None)):
+                raise ConfigurationError(f"store must have append, load_run and clear, got {show(store)}")
+        if codec is not None and not isinstance(codec, Codec):
+            raise ConfigurationError(f"codec must have encode and decode, got {show(codec)}")
+        self._store = store
+        self._codec = codec or JsonCodec()
+        return self
+
+    def with_workflow_version(self, version: int) -> Self:
+        """Number the definition: a run that was begun by another version is not resumed without a migration.
+
+        Args:
+            version: 0 to 4,294,967,295; 0 is what a workflow has that was given none.
+
+        Raises:
+            ConfigurationError: It is no such number.
+        """
+        self._check_open()
+        self._version = _number("version", version, 0, 0xFFFF_FFFF)
+        return self
+
+    def with_migration(self, migrate: Migration | None) -> Self:
+        """Say how rows that another version, or another definition, has written are to be read.
+
+        Args:
+            migrate: A function that is called with each such row when a run is resumed, and returns it as this definition
+                would have written it (`CheckpointRow.replace`); what it raises refuses the resume. The stored rows stay as
+                they are. None refuses every such run.
+
+        Raises:
+            ConfigurationError: It cannot be called.
+        """
+        self._check_open()
+        if migrate is not None and not callable(migrate):
+            raise ConfigurationError(f"migrate must be a function of a row, or None, got {show(migrate)}")
+        self._migrate = migrate
+        return self
+
+    def with_recovery_limit(self, limit: int) -> Self:
+        """Park a run that has begun one visit to a state so often: it may be what kills the process.
+
+        Args:
+            limit: 1 or more; 10 unless it is set. A run that was parked needs attention: `NeedsAttentionError`.
+
+        Raises:
+            ConfigurationError: It is no such number.
+        """
+        self._check_open()
+        self._recovery_limit = _number("limit", limit, 1, 1_000_000)
+        return self
+
     def copy(self) -> Workflow[S]:
         """A workflow with the same definition that is not frozen; tasks and resources are shared."""
         copy: Workflow[S] = type(self)(self._resources, name=self._name)
@@ -309,6 +402,8 @@ class Workflow(Generic[S]):
         copy._exits = dict(self._exits)
         copy._timeout = self._timeout
         copy._workflow_id = self._workflow_id
+        copy._store, copy._codec = self._store, self._codec
+        copy._version, copy._migrate, copy._recovery_limit = self._version, self._migrate, self._recovery_limit
         return copy
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -406,7 +501,10 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
+            None if self._store is None else self._new_log(workflow_id),
         )
+        if self._store is not None:
+            return await self._begin(run, used)
         if used._lifecycle:
             return await _with_resources(run, used)  # type: ignore[no-any-return]
         return await run  # type: ignore[no-any-return]
@@ -438,13 +536,125 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
+            None if self._store is None else self._new_log(workflow_id),
         )
-        body = _with_resources(run, used) if used._lifecycle else _drive(run)
+        if self._store is not None:
+            body = self._begin(run, used)
+        else:
+            body = _with_resources(run, used) if used._lifecycle else _drive(run)
         task: asyncio.Task[S] = loop.create_task(body, name=self._name)
         tasks = _tasks_of(loop)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         return Run(run, task)
+
+
+    # --- durable runs ------------------------------------------------------------------------------------------------
+
+    async def resume_from(
+        self,
+        workflow_id: str,
+        *,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        timeout: Seconds | None = None,
+    ) -> S:
+        """Go on with a run where its rows say it is, and return the exit state that it reaches.
+
+        The state that was entered last is entered again, with its visit's cursor and due time, and with the same
+        `RunContext.idempotency_key`; what came before is done. Where that state's task takes a SplitResult or a Caught error,
+        which only the step before can give, the step before is done again.
+
+        Args:
+            workflow_id: The id under which the run was begun.
+            resources: As for `orchestrate`.
+            timeout: As for `orchestrate`; the budget begins anew.
+
+        Raises:
+            RunNotFoundError: The store has no such run.
+            RunClaimedError: Somebody else goes on with it; no user code has run, and nothing was written.
+            WorkflowVersionError: It was begun by another version, or by another definition of the same version.
+            UnknownStateError: It is in a state that the workflow does not have.
+            NeedsAttentionError: It is parked, or is now, since it was begun too often (`with_recovery_limit`).
+            RunConflictError: It has been rolled back.
+            CorruptRowError: A row is damaged or missing.
+            Exception: What `orchestrate` raises.
+
+        Cancellation: as for `orchestrate`; the run can be resumed again.
+        """
+        if self._store is None:
+            raise ConfigurationError(f"workflow {self._name} has no checkpoint store: call with_checkpoint_store()")
+        return await self._resume(workflow_id, self._store, resources, timeout)
+
+    async def discard(self, workflow_id: str) -> None:
+        """Forget a run that nobody goes on with, as if it had never been; nothing is undone.
+
+        Raises:
+            RunClaimedError: Somebody goes on with it.
+            ConfigurationError: The workflow has no checkpoint store, or the id is refused.
+        """
+        if self._store is None:
+            raise ConfigurationError(f"workflow {self._name} has no checkpoint store: call with_checkpoint_store()")
+        await settled(self._store.clear(self._required_id(workflow_id)))
+
+    async def _resume(
+        self,
+        workflow_id: str,
+        store: Any,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        timeout: Seconds | None = None,
+    ) -> S:
+        used = self._resources if resources is None else _as_resources(resources)
+        limit = self._timeout if timeout is None else _core.seconds("timeout", timeout)
+        table = self._table or self._frozen()
+        checked = self._required_id(workflow_id)
+
+        def launch(state: S, log: _core.Log, resumed: _core.Resumed) -> Awaitable[S]:
+            run = _core.Run(table, state, used, checked, limit, log, resumed)
+            return _with_resources(run, used) if used._lifecycle else _drive(run)
+
+        return await resume(self._definition(), Ownership(store, checked), table, launch)
+
+    async def _begin(self, run: _core.Run, used: Resources) -> S:
+        log = run.log
+        assert log is not None  # noqa: S101 - the caller made the run with one
+        body = partial(_with_resources, run, used) if used._lifecycle else partial(_drive, run)
+        return await begin(self._definition(), Ownership(self._store, run.id), log, body)
+
+    def _new_log(self, workflow_id: str | None) -> _core.Log:
+        checked = self._required_id(self._workflow_id if workflow_id is None else workflow_id)
+        return self._definition().log(Ownership(self._store, checked))
+
+    def _required_id(self, workflow_id: str | None) -> str:
+        checked = _checked_id(workflow_id)
+        if checked is None:
+            raise ConfigurationError(
+                f"a run of workflow {self._name} is durable and needs a workflow_id, under which it can be resumed"
+            )
+        return checked
+
+    def _definition(self) -> Definition:
+        if self._known is None:
+            self._frozen()
+            tasks = {
+                _label(state): work
+                for state, (work, _, _) in self._states.items()
+                if isinstance(work, _core.TaskSpec) and work.cursor is not None
+            }
+            parts = [
+                (_label(state), _described(work), work.model if isinstance(work, _core.TaskSpec) else None)
+                for state, (work, _, _) in self._states.items()
+            ]
+            cursors = {label: (task.name, task.cursor) for label, task in tasks.items()}
+            self._known = Definition(
+                self._name,
+                self._version,
+                fingerprint((self._name, sorted(map(str, parts)), sorted(map(_label, self._exits)), sorted(map(str, cursors.items())))),
+                self._codec,
+                cursors,
+                self._migrate,
+                self._recovery_limit,
+            )
+        return self._known
 
 
 # asyncio itself keeps only weak references to tasks.
@@ -597,6 +807,12 @@ def _described(work: _Work) -> str:
     if isinstance(work, _core.TaskSpec):
         return f"task {work.name}"
     return "a split made at run time" if isinstance(work, _core.Factory) else f"a split of {len(work)} branches"
+
+
+def _number(name: str, value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigurationError(f"{name} must be an int from {least} to {most}, got {show(value)}")
+    return value
 
 
 def _checked_id(workflow_id: Any) -> str | None:

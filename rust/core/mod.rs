@@ -31,5 +31,7 @@ pub mod format;
 
 pub mod claim;
 
+pub mod resume;
+
 #[cfg(test)]
 mod tests;

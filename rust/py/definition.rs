@@ -334,6 +334,11 @@ impl Plan {
         self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
     }
 
+    /// Whether a parameter asks for what led into the state, be it there or not.
+    pub(super) fn wants_handed(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Joined { .. } | Source::Caught { .. }))
+    }
+
     fn wants_run(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Run))
     }
@@ -349,21 +354,32 @@ pub(super) struct TaskSpec {
     pub(super) model: Option<Py<PyString>>,
     /// Whether each attempt is one step of several.
     pub(super) has_steps: bool,
+    is_router: bool,
+    /// The annotation of its cursor, if it has one.
+    cursor: Option<Py<PyAny>>,
 }
 
 #[pymethods]
 impl TaskSpec {
     #[new]
-    #[pyo3(signature = (call, name, plan, policy, model=None))]
+    #[pyo3(signature = (call, name, plan, policy, model=None, cursor=None))]
     fn new(
+        py: Python<'_>,
         call: Py<PyAny>,
         name: Py<PyString>,
         plan: Py<Plan>,
         policy: Option<Py<Policy>>,
         model: Option<Py<PyString>>,
+        cursor: Option<Py<PyAny>>,
     ) -> Self {
         let has_steps = plan.get().sources.iter().any(|source| matches!(source, Source::Cursor));
-        Self { call, name, plan, policy, model, has_steps }
+        let is_router = model.as_ref().is_some_and(|model| model.bind(py) == "router");
+        Self { call, name, plan, policy, model, has_steps, is_router, cursor }
+    }
+
+    #[getter]
+    fn cursor(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.cursor.as_ref().map(|cursor| cursor.clone_ref(py))
     }
 
     #[getter]
@@ -384,6 +400,7 @@ impl TaskSpec {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.call)?;
         visit.call(&self.plan)?;
+        visit.call(&self.cursor)?;
         visit.call(&self.policy)
     }
 }
@@ -400,7 +417,14 @@ impl TaskSpec {
             policy: self.policy.as_ref().map(|policy| policy.clone_ref(py)),
             model: None,
             has_steps: false,
+            is_router: false,
+            cursor: None,
         })
+    }
+
+    /// Whether its model is that of a router.
+    pub(super) fn is_router(&self) -> bool {
+        self.is_router
     }
 
     pub(super) fn plan_ref(&self) -> &Plan {

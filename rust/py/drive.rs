@@ -18,8 +18,9 @@ use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
 use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{Handed, RunContext, arguments};
-use super::errors::{AttemptTimeoutError, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{AttemptTimeoutError, CancelledError, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
+use super::log::{Log, Place};
 use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
 use super::split::Split;
@@ -52,7 +53,16 @@ pub(super) enum Phase {
     Call,
     Work(Work, Py<PyAny>),
     Join(Py<Split>),
+    /// A row is on its way; what follows once the store has it.
+    Log(Py<PyAny>, After),
     Over,
+}
+
+/// What follows a row.
+#[derive(Clone, Copy)]
+pub(super) enum After {
+    Call,
+    Finish,
 }
 
 /// What follows a phase.
@@ -95,6 +105,8 @@ pub(super) struct Drive {
     pub(super) timer: Timer,
     /// Whether the task's rate limiter has granted the next attempt.
     is_admitted: bool,
+    /// A cancel that came while a row was on its way.
+    withheld: Option<PyErr>,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
 }
@@ -112,6 +124,7 @@ impl Drive {
             cursor: None,
             timer: Timer::default(),
             is_admitted: false,
+            withheld: None,
             grant: None,
         }
     }
@@ -149,6 +162,7 @@ impl Drive {
                     self.work(run, work, inner.into_bound(py), input)
                 }
                 Phase::Join(split) => self.join(run, split, input.take()),
+                Phase::Log(answer, after) => self.record(run, answer.into_bound(py), after, input.take()),
                 Phase::Over => return Err(WorkflowError::new_err("the run is over")),
             };
             input = None;
@@ -173,6 +187,9 @@ impl Drive {
         let (py, this) = (run.py(), run.get());
         let env = this.env.get();
         let table = env.table.get();
+        if let Some(log) = this.durable() {
+            return self.enter_durably(run, log.get(), state);
+        }
         let counted = if table.counts_visits { table.states.len() } else { 0 };
         let until = match self.program {
             Program::Machine { until } => until,
@@ -219,6 +236,80 @@ impl Drive {
                 _ => return self.route(run, &value),
             }
         }
+    }
+
+    /// Enters a state once the store knows that it is entered.
+    fn enter_durably<'py>(&mut self, run: &Bound<'py, Run>, log: &Log, state: usize) -> PyResult<Flow<'py>> {
+        let (py, this) = (run.py(), run.get());
+        let table = this.env.get().table.get();
+        let entry = &table.states[state];
+        let visit = this.track.with(py, |track| {
+            track.enter(state, table.states.len());
+            track.visits[state]
+        });
+        self.state = state;
+        self.attempt = 0;
+        self.fresh = true;
+        if !entry.has_row() {
+            self.unsuspended += 1;
+            if self.unsuspended == TURN {
+                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
+            }
+            return self.call(run);
+        }
+        let is_exit = matches!(entry.kind, Kind::Exit);
+        let place = Place { state: entry.label.bind(py).to_string(), task: entry.task_name(py), visit };
+        match log.enter(py, place, is_exit) {
+            Ok(answer) => self.record(run, answer, if is_exit { After::Finish } else { After::Call }, None),
+            Err(error) => Err(self.failed(run, None, error)),
+        }
+    }
+
+    /// Waits for the answer to a row, whoever cancels the run meanwhile; then honours the cancel, or goes on.
+    pub(super) fn record<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        answer: Bound<'py, PyAny>,
+        after: After,
+        input: Option<Input<'py>>,
+    ) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        match input {
+            Some(Input::Throw(error)) if error.is_instance_of::<CancelledError>(py) => {
+                if let Some(earlier) = self.withheld.take() {
+                    error.value(py).setattr(intern!(py, "__context__"), earlier.into_value(py))?;
+                }
+                self.withheld = Some(error);
+            }
+            Some(Input::Throw(error)) => return Err(error),
+            Some(Input::Send(_)) | None => {}
+        }
+        if !answer.call_method0(intern!(py, "done"))?.is_truthy()? {
+            let waiting = Asyncio::of(py)?.wait_for(&answer)?;
+            self.suspended(run)?;
+            return Ok(Flow::Suspend(waiting, Phase::Log(answer.unbind(), after)));
+        }
+        let answer = answer.call_method0(intern!(py, "result"));
+        if let (Ok(_), Some(log)) = (&answer, run.get().durable()) {
+            log.get().landed(py);
+        }
+        match (answer, self.withheld.take()) {
+            (Ok(_), None) => {}
+            (Ok(_), Some(cancel)) => return Err(self.interrupted(run, cancel)?),
+            (Err(error), Some(cancel)) => {
+                cancel.value(py).setattr(intern!(py, "__context__"), error.into_value(py))?;
+                return Err(self.interrupted(run, cancel)?);
+            }
+            (Err(error), None) => {
+                self.timer.settle(py, None)?;
+                return Err(self.failed(run, None, error));
+            }
+        }
+        self.timer.settle(py, None)?;
+        Ok(match after {
+            After::Call => Flow::Go(Phase::Call),
+            After::Finish => Flow::Finish(run.get().env.get().state(py, self.state).clone()),
+        })
     }
 
     pub(super) fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {
@@ -586,7 +677,7 @@ impl Drive {
     pub(super) fn awaiting(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match &self.phase {
             Phase::Work(_, inner) => Some(inner.clone_ref(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Over => None,
+            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Log(..) | Phase::Over => None,
         }
     }
 
@@ -599,7 +690,7 @@ impl Drive {
                 Ok(())
             }
             Phase::Join(split) => Split::close(split.bind(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Over => Ok(()),
+            Phase::Enter(_) | Phase::Call | Phase::Log(..) | Phase::Over => Ok(()),
         }
     }
 
@@ -611,6 +702,7 @@ impl Drive {
         match &self.phase {
             Phase::Work(_, inner) => visit.call(inner)?,
             Phase::Join(split) => visit.call(split)?,
+            Phase::Log(answer, _) => visit.call(answer)?,
             Phase::Enter(_) | Phase::Call | Phase::Over => {}
         }
         match &self.program {

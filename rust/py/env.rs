@@ -13,6 +13,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::asyncio::Clock;
 use super::definition::{Plan, Source};
 use super::errors::{self, WorkflowTimeoutError};
+use super::log::Log;
 use super::run::Run;
 use super::table::Table;
 
@@ -27,6 +28,8 @@ pub(super) struct Env {
     /// Numbers the runs of this process; tells a nested run's error from a stale one.
     pub(super) sequence: u64,
     pub(super) budget: Option<Budget>,
+    /// Where a durable run writes its rows.
+    pub(super) log: Option<Py<Log>>,
     run_id: OnceLock<Py<PyString>>,
     clock: OnceLock<Clock>,
     /// Resources looked up so far, by plan and argument; the plan is kept so that its address stays its own.
@@ -48,6 +51,7 @@ impl Env {
         resources: Py<PyAny>,
         workflow_id: Option<Py<PyString>>,
         timeout: Option<f64>,
+        log: Option<Py<Log>>,
     ) -> PyResult<Self> {
         static RUNS: AtomicU64 = AtomicU64::new(1);
         let mut env = Self {
@@ -56,6 +60,7 @@ impl Env {
             workflow_id,
             sequence: RUNS.fetch_add(1, Ordering::Relaxed),
             budget: None,
+            log,
             run_id: OnceLock::new(),
             clock: OnceLock::new(),
             found: Mutex::default(),
@@ -83,8 +88,10 @@ impl Env {
         if let Some(id) = self.run_id.get() {
             return Ok(id.clone_ref(py));
         }
-        let made = py.import("secrets")?.call_method1("token_hex", (16,))?;
-        let made = made.cast_into()?.unbind();
+        let made = match &self.log {
+            Some(log) => PyString::new(py, &log.get().run_id_in_hex()).unbind(),
+            None => py.import("secrets")?.call_method1("token_hex", (16,))?.cast_into()?.unbind(),
+        };
         Ok(self.run_id.get_or_init(|| made).clone_ref(py))
     }
 
@@ -148,6 +155,7 @@ impl Env {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.table)?;
         visit.call(&self.resources)?;
+        visit.call(&self.log)?;
         if let Some(clock) = self.clock.get() {
             visit.call(&clock.event_loop)?;
         }

@@ -38,6 +38,8 @@ mod limiter;
 
 mod table;
 
+mod log;
+
 mod env;
 
 mod failure;
@@ -84,6 +86,8 @@ mod _core {
     use super::env::RunContext;
     #[pymodule_export]
     use super::failure::ErrorContext;
+    #[pymodule_export]
+    use super::log::{Log, Resumed};
     #[pymodule_export]
     use super::limiter::{PyMultiRateLimiter, PyRateLimiter, PyWindowedRateLimiter};
     #[pymodule_export]

@@ -8,7 +8,7 @@ use pyo3::types::{PyString, PyTuple};
 use crate::core::join::{Join, JoinVerdict};
 
 use super::definition::TaskSpec;
-use super::drive::{Drive, Flow, Items, Phase, Program, TURN};
+use super::drive::{After, Drive, Flow, Items, Phase, Program, TURN};
 use super::env::{Env, Handed};
 use super::errors::{
     InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
@@ -81,7 +81,7 @@ impl Drive {
 
     /// What a step returned: the next cursor, or `Done` with the next state.
     ///
-    /// The one place between two steps: a cursor that is to outlive the process is written here, before the next step.
+    /// A durable run writes the cursor before the next step.
     pub(super) fn stepped<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
         let (py, table) = (run.py(), run.get().env.get().table.get());
         let class = value.get_type();
@@ -97,8 +97,16 @@ impl Drive {
             ));
             return Err(self.failed(run, self.task(run), error));
         }
-        self.cursor = Some(value.getattr(intern!(py, "cursor"))?.unbind());
+        let cursor = value.getattr(intern!(py, "cursor"))?;
+        self.cursor = Some(cursor.clone().unbind());
         self.attempt = 0;
+        if let Some(log) = run.get().durable() {
+            self.fresh = true;
+            return match log.get().cursor(&cursor) {
+                Ok(answer) => self.record(run, answer, After::Call, None),
+                Err(error) => Err(self.failed(run, self.task(run), error)),
+            };
+        }
         self.unsuspended += 1;
         if self.unsuspended == TURN {
             return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));

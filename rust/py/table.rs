@@ -383,6 +383,20 @@ impl Table {
         Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split, more, done })
     }
 
+    /// The labels of the states that a run can be resumed in: the others take what only the step before them can give.
+    #[getter]
+    fn lasting(&self, py: Python<'_>) -> Vec<String> {
+        self.states.iter().filter(|state| state.lasts()).map(|state| state.label.bind(py).to_string()).collect()
+    }
+
+    /// The states by their labels.
+    #[getter]
+    fn labels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let labels = PyDict::new(py);
+        self.states.iter().try_for_each(|state| labels.set_item(&state.label, &state.key))?;
+        Ok(labels)
+    }
+
     /// Refuses a state in which no run can start.
     fn check_initial(&self, state: &Bound<'_, PyAny>) -> PyResult<()> {
         self.initial(state).map(|_| ())
@@ -418,6 +432,36 @@ impl State {
             }
             _ => None,
         }
+    }
+
+    /// The task of the state, if it has one.
+    fn task(&self) -> Option<&TaskSpec> {
+        match &self.kind {
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => Some(task.get()),
+            Kind::Split { .. } | Kind::Exit => None,
+        }
+    }
+
+    /// What a row calls the task; nothing for a split and an exit.
+    pub(super) fn task_name(&self, py: Python<'_>) -> String {
+        match &self.kind {
+            Kind::Task { task, .. } => task.get().name.bind(py).to_string(),
+            Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => String::new(),
+        }
+    }
+
+    pub(super) fn has_steps(&self) -> bool {
+        self.task().is_some_and(|task| task.has_steps)
+    }
+
+    /// Whether entering the state is worth a row: a router only chooses, and chooses again.
+    pub(super) fn has_row(&self) -> bool {
+        !self.task().is_some_and(TaskSpec::is_router)
+    }
+
+    /// Whether a run can be resumed in this state.
+    fn lasts(&self) -> bool {
+        self.has_row() && !self.task().is_some_and(|task| task.plan_ref().wants_handed())
     }
 
     /// Whether the task's annotation allows this next state.
