@@ -7,6 +7,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import RowKind, RunStatus
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -35,6 +36,8 @@ from ._errors import (
     CanoError,
     CheckpointError,
     CircuitOpenError,
+    CompensationFailedError,
+    CompensationTimeoutError,
     ConfigurationError,
     CorruptRowError,
     DuplicateResourceError,
@@ -44,6 +47,11 @@ from ._errors import (
     KeyNotFoundError,
     NeedsAttentionError,
     NonRetryable,
+    Orphan,
+    OrphanedStepError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
+    OutputUnreadableError,
     RateLimitedError,
     ResourceError,
     ResourceNotFoundError,
@@ -105,6 +113,9 @@ __all__ = [
     "CircuitPolicy",
     "CircuitSnapshot",
     "CircuitState",
+    "Codec",
+    "CompensationFailedError",
+    "CompensationTimeoutError",
     "ConfigurationError",
     "Continue",
     "CorruptRowError",
@@ -119,6 +130,7 @@ __all__ = [
     "JoinError",
     "JoinStrategy",
     "JoinTimeoutError",
+    "JsonCodec",
     "KeyNotFoundError",
     "LimiterSnapshot",
     "MemoryStore",
@@ -126,6 +138,11 @@ __all__ = [
     "MultiRateLimiter",
     "NeedsAttentionError",
     "NonRetryable",
+    "Orphan",
+    "OrphanedStepError",
+    "OutputNotSerializableError",
+    "OutputTooLargeError",
+    "OutputUnreadableError",
     "Pending",
     "Permit",
     "PollErrorPolicy",

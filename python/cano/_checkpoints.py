@@ -1,6 +1,9 @@
 """What durable runs are made of in Python: the kinds of rows, and how far a run has come."""
 
 from enum import Enum
+from typing import Protocol
+
+from ._core import CheckpointRow
 
 
 class RowKind(Enum):
@@ -49,3 +52,11 @@ class RunStatus(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+class CheckpointStore(Protocol):
+    """Where durable runs keep their rows; these three methods are enough."""
+
+    async def append(self, workflow_id: str, row: CheckpointRow) -> None: ...
+    async def load_run(self, workflow_id: str) -> list[CheckpointRow]: ...
+    async def clear(self, workflow_id: str) -> None: ...

@@ -13,6 +13,8 @@ from ._errors import (
     ConfigurationError,
     InvalidTransitionError,
     NonRetryable,
+    OutputNotSerializableError,
+    OutputTooLargeError,
     ResourceError,
     UnknownStateError,
     show,
@@ -28,6 +30,8 @@ FINAL_ERRORS: tuple[type[Exception], ...] = (
     InvalidTransitionError,
     UnknownStateError,
     ResourceError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
 )
 _NEVER_RETRIED: tuple[type[Exception], ...] = (
     TypeError,

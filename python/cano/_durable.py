@@ -16,8 +16,9 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from . import _core
+from ._checkpoints import RunStatus
 from ._codec import Codec, decoded, encoded
-from ._core import CheckpointRow, RunStatus
+from ._core import CheckpointRow
 from ._errors import (
     ConfigurationError,
     NeedsAttentionError,
@@ -150,9 +151,7 @@ class Ownership:
             _log.exception("the log of run %s could not be %s", show(self.workflow_id), done)
 
 
-async def begin(
-    definition: Definition, ownership: Ownership, log: _core.Log, body: Callable[[], Awaitable[S]]
-) -> S:
+async def begin(definition: Definition, ownership: Ownership, log: _core.Log, body: Callable[[], Awaitable[S]]) -> S:
     """A fresh run, from its claim to the end of its log."""
     await ownership.start(definition)
     ownership.own(log)
@@ -259,7 +258,10 @@ def _check_open(workflow_id: str, resumed: _core.Resumed, over: RunConflictError
         raise NeedsAttentionError(f"run {show(workflow_id)} needs attention: {show(why)}", workflow_id)
     if resumed.position == "rolled back":
         raise RunConflictError(
-            f"run {show(workflow_id)} has failed and everything was undone; discard it", workflow_id, None, over and over.status
+            f"run {show(workflow_id)} has failed and everything was undone; discard it",
+            workflow_id,
+            None,
+            over and over.status,
         )
     if over is not None:
         raise over

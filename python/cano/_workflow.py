@@ -548,7 +548,6 @@ class Workflow(Generic[S]):
         task.add_done_callback(tasks.discard)
         return Run(run, task)
 
-
     # --- durable runs ------------------------------------------------------------------------------------------------
 
     async def resume_from(
@@ -648,7 +647,14 @@ class Workflow(Generic[S]):
             self._known = Definition(
                 self._name,
                 self._version,
-                fingerprint((self._name, sorted(map(str, parts)), sorted(map(_label, self._exits)), sorted(map(str, cursors.items())))),
+                fingerprint(
+                    (
+                        self._name,
+                        sorted(map(str, parts)),
+                        sorted(map(_label, self._exits)),
+                        sorted(map(str, cursors.items())),
+                    )
+                ),
                 self._codec,
                 cursors,
                 self._migrate,
