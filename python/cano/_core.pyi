@@ -1,3 +1,4 @@
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar, final, overload
@@ -22,6 +23,7 @@ __all__ = [
     "JoinStrategy",
     "Limiter",
     "LimiterSnapshot",
+    "Log",
     "MemoryStore",
     "MultiRateLimiter",
     "Permit",
@@ -29,6 +31,7 @@ __all__ = [
     "Policy",
     "RateLimiter",
     "RateLimiterPolicy",
+    "Resumed",
     "RetryMode",
     "Run",
     "RunContext",
@@ -1185,8 +1188,16 @@ class Plan:
 @final
 class TaskSpec:
     def __new__(
-        cls, call: Callable[..., Any], name: str, plan: Plan, policy: Policy | None, model: str | None = None
+        cls,
+        call: Callable[..., Any],
+        name: str,
+        plan: Plan,
+        policy: Policy | None,
+        model: str | None = None,
+        cursor: Any = None,
     ) -> TaskSpec: ...
+    @property
+    def cursor(self) -> Any: ...
     @property
     def name(self) -> str: ...
     @property
@@ -1220,8 +1231,71 @@ class Table:
             type[Any],
             type[Any],
         ],
+        data: type[Any] | None = None,
+        /,
     ) -> Table: ...
+    @property
+    def lasting(self) -> list[str]: ...
+    @property
+    def labels(self) -> dict[str, Any]: ...
     def check_initial(self, state: Any) -> None: ...
+
+@final
+class Resumed:
+    def __new__(cls, workflow_id: str, rows: Sequence[CheckpointRow], lasting: Sequence[str], /) -> Resumed: ...
+    @property
+    def position(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def blob(self) -> bytes | None: ...
+    @property
+    def path(self) -> list[str]: ...
+    @property
+    def snapshot(self) -> bytes | None: ...
+    @property
+    def to_undo(self) -> list[tuple[int, str, str, int, bytes | None]]: ...
+    @property
+    def run_id(self) -> bytes: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def fingerprint(self) -> int: ...
+
+@final
+class Log:
+    def __new__(
+        cls,
+        store: Any,
+        workflow_id: str,
+        encode: Callable[[str, Any], bytes],
+        snapshot: Callable[[], bytes] | None,
+        run_id: bytes,
+        version: int,
+        fingerprint: int,
+        resumed: Resumed | None = None,
+        cursor: Any = None,
+        /,
+    ) -> Log: ...
+    def owned(self, fence: int) -> None: ...
+    def take_cursor(self) -> Any: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def is_rolled_back(self) -> bool: ...
+    @property
+    def next(self) -> int: ...
+    @property
+    def due_at(self) -> int | None: ...
+    def cursor(self, cursor: Any) -> Future[None]: ...
+    def timer(self, due_at: int) -> Future[None]: ...
+    def roll_back(self, reason: bytes) -> Future[None]: ...
+    def compensated(self, sequence: int, state: str, task: str, visit: int) -> Future[None]: ...
+    def finished(self) -> Future[None]: ...
+    def needs_attention(self, reason: bytes) -> Future[None]: ...
+    def landed(self) -> int | None: ...
 
 @final
 class Split:
@@ -1240,8 +1314,13 @@ class Run:
         resources: Resources,
         workflow_id: str | None,
         timeout: float | None,
+        data: object = None,
+        log: Log | None = None,
+        resumed: Resumed | None = None,
         /,
     ) -> Run: ...
+    @property
+    def log(self) -> Log | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
     def __iter__(self) -> Run: ...
     def __next__(self) -> Any: ...

@@ -55,6 +55,7 @@ class Definition(NamedTuple):
     codec: Codec
     cursors: dict[str, tuple[str, Any]]
     """The task and the annotation of the cursor, of each state whose task has one."""
+    data: type[Any] | None
     migrate: Migration | None
     recovery_limit: int
 
@@ -62,12 +63,7 @@ class Definition(NamedTuple):
         """Whether a row was written by another version or definition."""
         return (row.workflow_version, row.fingerprint) != (self.version, self.fingerprint)
 
-    def log(
-        self,
-        ownership: Ownership,
-        resumed: _core.Resumed | None = None,
-        snapshot: Callable[[], bytes] | None = None,
-    ) -> _core.Log:
+    def log(self, ownership: Ownership, data: object, resumed: _core.Resumed | None = None) -> _core.Log:
         """The log of a run that begins, or goes on."""
         cursor = None
         if resumed is not None and resumed.position == "again":
@@ -77,13 +73,19 @@ class Definition(NamedTuple):
             ownership.store,
             ownership.workflow_id,
             self.encode_cursor,
-            snapshot,
+            None if self.data is None else partial(encoded, self.codec, "the run data", data, self.data),
             run_id,
             self.version,
             self.fingerprint,
             resumed,
             cursor,
         )
+
+    def stored_data(self, resumed: _core.Resumed) -> object:
+        """The run's own variables, as they were when the state was entered."""
+        if self.data is None or resumed.snapshot is None:
+            return None
+        return decoded(self.codec, "the run data", resumed.snapshot, self.data)
 
     def encode_cursor(self, state: str, cursor: object) -> bytes:
         task, type_ = self.cursors[state]
@@ -124,8 +126,13 @@ class Ownership:
         if self._coordinates:
             self._fence["fence"] = await settled(self.store.claim(self.workflow_id))
 
-    async def load(self) -> list[CheckpointRow]:
-        return list(await settled(self.store.load_run(self.workflow_id)))
+    async def load_any(self) -> list[CheckpointRow]:
+        """The rows of the run; there is at least one."""
+        rows = await settled(self.store.load_run(self.workflow_id))
+        if not rows:
+            await self.forget()  # it was claimed and never begun
+            raise RunNotFoundError(f"there is no run {show(self.workflow_id)}", self.workflow_id)
+        return list(rows)
 
     def own(self, log: _core.Log) -> None:
         """Have the run write under the claim."""
@@ -147,7 +154,7 @@ class Ownership:
             await settled(act())
         except RunClaimedError:
             _log.warning("run %s was taken over by somebody else meanwhile", show(self.workflow_id))
-        except Exception:  # whatever a store raises: the run has ended already
+        except Exception:  # noqa: BLE001 - whatever a store raises: the run has ended already
             _log.exception("the log of run %s could not be %s", show(self.workflow_id), done)
 
 
@@ -162,7 +169,7 @@ async def resume(
     definition: Definition,
     ownership: Ownership,
     table: _core.Table,
-    launch: Callable[[Any, _core.Log, _core.Resumed], Awaitable[S]],
+    launch: Callable[[Any, _core.Log, _core.Resumed, Any], Awaitable[S]],
 ) -> S:
     """A run that is there, from where its rows say; `launch` makes the run that goes on."""
     workflow_id = ownership.workflow_id
@@ -172,22 +179,20 @@ async def resume(
     except RunConflictError as error:
         over = error
     try:
-        resumed = _read(definition, workflow_id, await ownership.load(), table)
-        if resumed is None:  # claimed and never begun
-            await ownership.forget()
-            raise RunNotFoundError(f"there is no run {show(workflow_id)}", workflow_id)
+        resumed = _read(definition, await ownership.load_any(), workflow_id, table)
         state: S = _state(table, workflow_id, resumed.state)
         if resumed.position == "finished":
             await ownership.forget()
             return state
         _check_open(workflow_id, resumed, over)
-        log = definition.log(ownership, resumed)
-        if resumed.position == "again" and resumed.start > definition.recovery_limit:
-            raise await _parked(log, workflow_id, resumed)
+        data = definition.stored_data(resumed)
+        log = definition.log(ownership, data, resumed)
+        ownership.own(log)
+        await _check_starts(definition, log, workflow_id, resumed)
     except BaseException:
         await ownership.release(stopped=False)
         raise
-    return await _carried_through(ownership, log, lambda: launch(state, log, resumed))
+    return await _carried_through(ownership, log, lambda: launch(state, log, resumed, data))
 
 
 async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[[], Awaitable[S]]) -> S:
@@ -206,12 +211,8 @@ async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[
     return state
 
 
-def _read(
-    definition: Definition, workflow_id: str, rows: list[CheckpointRow], table: _core.Table
-) -> _core.Resumed | None:
+def _read(definition: Definition, rows: list[CheckpointRow], workflow_id: str, table: _core.Table) -> _core.Resumed:
     """What the rows say, once it is sure that they are rows of this workflow."""
-    if not rows:
-        return None
     if definition.migrate is not None:
         rows = [_migrated(definition.migrate, row) if definition.differs(row) else row for row in rows]
         return _core.Resumed(workflow_id, rows, table.lasting)
@@ -237,7 +238,7 @@ def _read(
 
 def _migrated(migrate: Migration, row: CheckpointRow) -> CheckpointRow:
     new = migrate(row)
-    if not isinstance(new, CheckpointRow) or new.sequence != row.sequence:
+    if getattr(new, "sequence", None) != row.sequence:
         raise ConfigurationError(f"a migration must return the row in its new form, got {show(new)}")
     return new
 
@@ -261,17 +262,19 @@ def _check_open(workflow_id: str, resumed: _core.Resumed, over: RunConflictError
             f"run {show(workflow_id)} has failed and everything was undone; discard it",
             workflow_id,
             None,
-            over and over.status,
+            None if over is None else over.status,
         )
     if over is not None:
         raise over
 
 
-async def _parked(log: _core.Log, workflow_id: str, resumed: _core.Resumed) -> NeedsAttentionError:
-    """The error of a run whose state was begun too often, once its log says so."""
+async def _check_starts(definition: Definition, log: _core.Log, workflow_id: str, resumed: _core.Resumed) -> None:
+    """Park a run whose state was begun too often."""
+    if resumed.position != "again" or resumed.start <= definition.recovery_limit:
+        return
     why = f"state {resumed.state} was begun {resumed.start - 1} times and never ended"
     await written(log, log.needs_attention(why.encode()))
-    return NeedsAttentionError(f"run {show(workflow_id)} is parked: {why}", workflow_id)
+    raise NeedsAttentionError(f"run {show(workflow_id)} is parked: {why}", workflow_id)
 
 
 async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -> dict[str, S | Exception]:

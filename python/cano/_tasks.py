@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_origin
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from . import _core
 from ._config import TaskConfig
@@ -270,15 +270,18 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, form: Form, *, 
         )
     raise ConfigurationError(
         f"parameter {parameter.name} of task {name} is annotated {show(str(annotation))}; a task takes Resources, "
-        f"Annotated[T, Res(key)], RunContext, SplitResult in the state that a split joins into, or Caught[E] in one that "
-        f"on_error leads to"
+        f"Annotated[T, Res(key)], RunContext, the class given to with_data() before, SplitResult in the state that a split "
+        f"joins into, or Caught[E] in one that on_error leads to"
     )
 
 
 _UNRESOLVED: Any = object()
 
+data_classes: WeakSet[type[Any]] = WeakSet()
+"""The classes of run data, of all workflows; whether a task asks for its own workflow's is checked with the workflow."""
 
-def _known(annotation: Any, form: Form) -> _Source | None:
+
+def _known(annotation: Any, form: Form) -> _Source | None:  # noqa: PLR0911 - a table of annotations
     """The source that an annotation stands for."""
     if (source := caught_by(annotation)) is not None:
         return source
@@ -291,6 +294,8 @@ def _known(annotation: Any, form: Form) -> _Source | None:
         return ("resource", key, type_)
     if isinstance(annotation, type) and issubclass(annotation, Resources):
         return ("resources", None, None)
+    if isinstance(annotation, type) and annotation in data_classes:
+        return ("data", annotation, None)
     asked = ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none"))
     for wanted, kind in (*asked, *form.own):
         if annotation == wanted:

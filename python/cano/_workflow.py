@@ -29,7 +29,7 @@ from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
 from ._shims import prepare, prepare_branches, prepare_router, prepare_stepped, prepare_stream
-from ._tasks import SingleResult, SplitRequest, prepare_factory, states_of
+from ._tasks import SingleResult, SplitRequest, data_classes, prepare_factory, states_of
 
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,6 +70,7 @@ class Workflow(Generic[S]):
     __slots__ = (
         "__weakref__",
         "_codec",
+        "_data",
         "_exits",
         "_known",
         "_migrate",
@@ -96,6 +97,7 @@ class Workflow(Generic[S]):
         self._store: CheckpointStore | None = None
         self._version = 0
         self._codec: Codec = JsonCodec()
+        self._data: type[Any] | None = None
         self._migrate: Migration | None = None
         self._recovery_limit = RECOVERY_LIMIT
         self._table: _core.Table | None = None
@@ -328,6 +330,41 @@ class Workflow(Generic[S]):
         self._workflow_id = _checked_id(workflow_id)
         return self
 
+    def with_data(self, data: type[Any]) -> Self:
+        """Give each run variables of its own: an object of this class, which tasks get by annotation.
+
+        The object is given to `orchestrate` and is the run's alone. In a durable run what it holds when a state is entered is
+        part of that row, and comes back with a resume.
+
+        Args:
+            data: A class, before tasks that ask for it are registered. For durable runs the codec must be able to write it:
+                `JsonCodec` takes dataclasses, Structs of msgspec, and models of pydantic.
+
+        Raises:
+            ConfigurationError: It is no class, or the workflow has another.
+
+        Example:
+            >>> from dataclasses import dataclass
+            >>> @dataclass
+            ... class Order:
+            ...     total: int
+            >>> def add(order: Order) -> str:
+            ...     order.total += 1
+            ...     return "done"
+            >>> workflow = Workflow[str]().with_data(Order).register("add", add).add_exit_state("done")
+            >>> order = Order(41)
+            >>> asyncio.run(workflow.orchestrate("add", data=order)), order
+            ('done', Order(total=42))
+        """
+        self._check_open()
+        if not isinstance(data, type):
+            raise ConfigurationError(f"data must be a class, got {show(data)}")
+        if self._data not in (None, data):
+            raise ConfigurationError(f"workflow {self._name} has run data of type {show(self._data)} already")
+        data_classes.add(data)
+        self._data = data
+        return self
+
     def with_checkpoint_store(self, store: CheckpointStore | None, *, codec: Codec | None = None) -> Self:
         """Make the runs durable: each writes its rows to this store, and can be resumed there.
 
@@ -402,6 +439,7 @@ class Workflow(Generic[S]):
         copy._exits = dict(self._exits)
         copy._timeout = self._timeout
         copy._workflow_id = self._workflow_id
+        copy._data = self._data
         copy._store, copy._codec = self._store, self._codec
         copy._version, copy._migrate, copy._recovery_limit = self._version, self._migrate, self._recovery_limit
         return copy
@@ -461,7 +499,7 @@ class Workflow(Generic[S]):
                 for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
-            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS)
+            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS, self._data)
         return self._table
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -473,6 +511,7 @@ class Workflow(Generic[S]):
         resources: Resources | Mapping[Any, Any] | None = None,
         workflow_id: str | None = None,
         timeout: Seconds | None = None,
+        data: object = None,
     ) -> S:
         """Run from a state until an exit state is reached, and return that state.
 
@@ -481,6 +520,7 @@ class Workflow(Generic[S]):
             resources: Used instead of the workflow's for this run; None takes the workflow's.
             workflow_id: Used instead of the workflow's for this run; None takes the workflow's.
             timeout: Seconds this run may take, instead of the workflow's; None takes the workflow's.
+            data: The run's own variables, where `with_data` says so: an instance of that class.
 
         Raises:
             ConfigurationError: The definition has problems, or an argument is refused; no user code has run.
@@ -501,7 +541,8 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
-            None if self._store is None else self._new_log(workflow_id),
+            None if self._data is None and data is None else self._checked_data(data),
+            None if self._store is None else self._new_log(workflow_id, data),
         )
         if self._store is not None:
             return await self._begin(run, used)
@@ -516,6 +557,7 @@ class Workflow(Generic[S]):
         resources: Resources | Mapping[Any, Any] | None = None,
         workflow_id: str | None = None,
         timeout: Seconds | None = None,
+        data: object = None,
     ) -> Run[S]:
         """Start a run in a task of its own, and return its handle; the arguments are those of `orchestrate`.
 
@@ -536,7 +578,8 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
-            None if self._store is None else self._new_log(workflow_id),
+            None if self._data is None and data is None else self._checked_data(data),
+            None if self._store is None else self._new_log(workflow_id, data),
         )
         if self._store is not None:
             body = self._begin(run, used)
@@ -607,8 +650,8 @@ class Workflow(Generic[S]):
         table = self._table or self._frozen()
         checked = self._required_id(workflow_id)
 
-        def launch(state: S, log: _core.Log, resumed: _core.Resumed) -> Awaitable[S]:
-            run = _core.Run(table, state, used, checked, limit, log, resumed)
+        def launch(state: S, log: _core.Log, resumed: _core.Resumed, data: object) -> Awaitable[S]:
+            run = _core.Run(table, state, used, checked, limit, data, log, resumed)
             return _with_resources(run, used) if used._lifecycle else _drive(run)
 
         return await resume(self._definition(), Ownership(store, checked), table, launch)
@@ -619,9 +662,16 @@ class Workflow(Generic[S]):
         body = partial(_with_resources, run, used) if used._lifecycle else partial(_drive, run)
         return await begin(self._definition(), Ownership(self._store, run.id), log, body)
 
-    def _new_log(self, workflow_id: str | None) -> _core.Log:
+    def _new_log(self, workflow_id: str | None, data: object) -> _core.Log:
         checked = self._required_id(self._workflow_id if workflow_id is None else workflow_id)
-        return self._definition().log(Ownership(self._store, checked))
+        return self._definition().log(Ownership(self._store, checked), data)
+
+    def _checked_data(self, data: object) -> object:
+        if self._data is None:
+            raise ConfigurationError(f"workflow {self._name} has no run data: with_data() gives it a class")
+        if not isinstance(data, self._data):
+            raise ConfigurationError(f"data must be an instance of {self._data.__qualname__}, got {show(data)}")
+        return data
 
     def _required_id(self, workflow_id: str | None) -> str:
         checked = _checked_id(workflow_id)
@@ -634,31 +684,17 @@ class Workflow(Generic[S]):
     def _definition(self) -> Definition:
         if self._known is None:
             self._frozen()
-            tasks = {
-                _label(state): work
-                for state, (work, _, _) in self._states.items()
-                if isinstance(work, _core.TaskSpec) and work.cursor is not None
-            }
-            parts = [
-                (_label(state), _described(work), work.model if isinstance(work, _core.TaskSpec) else None)
-                for state, (work, _, _) in self._states.items()
-            ]
-            cursors = {label: (task.name, task.cursor) for label, task in tasks.items()}
+            cursors: dict[str, tuple[str, Any]] = {}
+            parts: list[str] = []
+            for state, (work, _, _) in self._states.items():
+                parts.append(f"{_label(state)}: {_described(work)}")
+                if isinstance(work, _core.TaskSpec):
+                    parts[-1] += f", {work.model}, {work.cursor}"
+                    if work.cursor is not None:
+                        cursors[_label(state)] = (work.name, work.cursor)
+            digest = fingerprint((self._name, sorted(parts), sorted(map(_label, self._exits)), str(self._data)))
             self._known = Definition(
-                self._name,
-                self._version,
-                fingerprint(
-                    (
-                        self._name,
-                        sorted(map(str, parts)),
-                        sorted(map(_label, self._exits)),
-                        sorted(map(str, cursors.items())),
-                    )
-                ),
-                self._codec,
-                cursors,
-                self._migrate,
-                self._recovery_limit,
+                self._name, self._version, digest, self._codec, cursors, self._data, self._migrate, self._recovery_limit
             )
         return self._known
 

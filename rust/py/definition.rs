@@ -261,6 +261,8 @@ pub(super) enum Source {
         classes: Py<PyTuple>,
         optional: bool,
     },
+    /// The run's own data, an instance of this class.
+    Data(Py<PyType>),
 }
 
 /// How a function wants to be called, read once from its signature, and the states its annotation declares.
@@ -288,6 +290,7 @@ impl Plan {
             .into_iter()
             .map(|(kind, key, class)| match kind.as_str() {
                 "cursor" => Ok(Source::Cursor),
+                "data" => Ok(Source::Data(key.extract(py)?)),
                 "resources" => Ok(Source::Resources),
                 "resource" => Ok(Source::Resource { key, class }),
                 "context" => Ok(Source::Context),
@@ -316,6 +319,7 @@ impl Plan {
                     visit.call(class)?;
                 }
                 Source::Caught { classes, .. } => visit.call(classes)?,
+                Source::Data(class) => visit.call(class)?,
                 Source::Resources | Source::Context | Source::Cursor | Source::Run | Source::Joined { .. } => {}
             }
         }
@@ -332,6 +336,14 @@ impl Plan {
 
     pub(super) fn wants_context(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
+    }
+
+    /// The classes of run data that parameters ask for.
+    pub(super) fn data(&self) -> impl Iterator<Item = &Py<PyType>> {
+        self.sources.iter().filter_map(|source| match source {
+            Source::Data(class) => Some(class),
+            _ => None,
+        })
     }
 
     /// Whether a parameter asks for what led into the state, be it there or not.

@@ -343,7 +343,7 @@ impl Run {
 #[pymethods]
 impl Run {
     #[new]
-    #[pyo3(signature = (table, state, resources, workflow_id, timeout, log=None, resumed=None, /))]
+    #[pyo3(signature = (table, state, resources, workflow_id, timeout, data=None, log=None, resumed=None, /))]
     #[allow(clippy::too_many_arguments, reason = "all that a run is made of")]
     fn new(
         py: Python<'_>,
@@ -352,6 +352,7 @@ impl Run {
         resources: Py<PyAny>,
         workflow_id: Option<Py<PyString>>,
         timeout: Option<f64>,
+        data: Option<Py<PyAny>>,
         log: Option<Py<Log>>,
         resumed: Option<&Bound<'_, Resumed>>,
     ) -> PyResult<Self> {
@@ -364,7 +365,7 @@ impl Run {
         if let Some(log) = log.as_ref().filter(|_| table.get().states[state].has_steps()) {
             drive.cursor = log.get().take_cursor(py);
         }
-        let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout, log)?)?;
+        let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout, data, log)?)?;
         let mut run = Self::with_drive(env, state, drive, None, None);
         run.track = GilCell::new(track);
         Ok(run)

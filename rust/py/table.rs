@@ -336,6 +336,33 @@ impl Checked<'_> {
     }
 }
 
+/// Tasks that ask for run data which the runs of the workflow do not have.
+fn other_data(py: Python<'_>, states: &[Option<State>], data: Option<&Bound<'_, PyType>>) -> PyResult<Vec<String>> {
+    let mut problems = Vec::new();
+    let known = data.map_or(Ok("none".to_owned()), |data| data.name().map(|name| name.to_string()))?;
+    for State { label, kind, .. } in states.iter().flatten() {
+        let tasks: Vec<Py<TaskSpec>> = match kind {
+            Kind::Exit => Vec::new(),
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => vec![task.clone_ref(py)],
+            Kind::Split { branches, .. } => {
+                let tasks = branches.bind(py).iter().map(|branch| Ok(branch.cast_into::<TaskSpec>()?.unbind()));
+                tasks.collect::<PyResult<_>>()?
+            }
+        };
+        for task in &tasks {
+            let task = task.get();
+            let is_other = |class: &&Py<PyType>| data.is_none_or(|data| !data.is(class.bind(py)));
+            if let Some(class) = task.plan_ref().data().find(is_other) {
+                let (name, class) = (task.name.bind(py).to_cow()?, class.bind(py).name()?);
+                problems.push(format!(
+                    "task {name} of state {label} takes {class} as run data; the run data of the workflow is {known}"
+                ));
+            }
+        }
+    }
+    Ok(problems)
+}
+
 /// Marks the task of a `register_split` whose branches are made at run time.
 #[pyclass(frozen, module = "cano._core")]
 pub(super) struct Factory {
@@ -359,7 +386,14 @@ impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, keys of `on_error`), registered
     /// states first.
     #[new]
-    fn new(py: Python<'_>, subject: &str, entries: Vec<Entry<'_>>, shims: Shims) -> PyResult<Self> {
+    #[pyo3(signature = (subject, entries, shims, data=None, /))]
+    fn new(
+        py: Python<'_>,
+        subject: &str,
+        entries: Vec<Entry<'_>>,
+        shims: Shims,
+        data: Option<&Bound<'_, PyType>>,
+    ) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
         let mut checked = Checked { index: &index, problems: Vec::new(), joined: Vec::new(), caught: Vec::new() };
@@ -374,6 +408,7 @@ impl Table {
             graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
         problems.append(&mut checked.problems);
         problems.extend(checked.handed_nothing(py, &states));
+        problems.extend(other_data(py, &states, data)?);
         if !problems.is_empty() {
             return Err(configuration(py, subject, problems));
         }
