@@ -202,12 +202,18 @@ async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[
     except GeneratorExit:  # closed from outside: nothing can be awaited any more
         raise
     except BaseException:
-        if log.next == 0 or log.is_rolled_back:
+        if log.is_lost:
+            pass  # whatever there is now is somebody else's
+        elif log.next == 0 or log.is_rolled_back:
             await ownership.forget()
         elif not log.is_over:
             await ownership.release(stopped=True)
         raise
-    await ownership.forget()
+    if log.unclosed is None:
+        await ownership.forget()
+    else:
+        _log.error("run %s has finished; its log was not closed", show(ownership.workflow_id), exc_info=log.unclosed)
+        await ownership.release(stopped=True)
     return state
 
 

@@ -31,10 +31,13 @@ async def settled(answer: Awaitable[T]) -> T:
 
 
 async def written(log: _core.Log, answer: Awaitable[None]) -> None:
-    """A row of the log, once the store has it; a cancel goes on then."""
+    """A row of the log, once the store has it or has refused it; a cancel goes on then."""
     future = asyncio.ensure_future(answer)
     try:
         await settled(future)
     finally:
-        if future.done() and not future.cancelled() and future.exception() is None:
+        failure = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if failure is None:
             log.landed()
+        else:
+            log.refused(failure)

@@ -62,16 +62,17 @@ class Stream:
 
     async def run(self, run: _core.Run, *filled: Any) -> Any:
         """One attempt of the task: the next state."""
-        return await _Course(self, run.log, filled).run()
+        return await _Course(self, run, filled).run()
 
 
 class _Course:
     """One run of a stream from its source's opening to its end."""
 
-    def __init__(self, stream: Stream, log: _core.Log | None, filled: tuple[Any, ...]) -> None:
+    def __init__(self, stream: Stream, run: _core.Run, filled: tuple[Any, ...]) -> None:
         arguments = iter(filled)
         self._stream = stream
-        self._log = log
+        self._run = run
+        self._log = run.log
         self._progress = StreamProgress()
         self._open, *methods = (method.bind(arguments, self._progress) for method in stream.methods)
         if stream.limit is not None:
@@ -192,7 +193,8 @@ class _Course:
         if verdict is not Continue and type(verdict) is not Stop:
             raise not_one_of(f"flush_window of task {self._stream.name}", verdict, "Continue or Stop(state)")
         if self._log is not None:
-            await written(self._log, self._log.cursor(cursor))
+            leads_to = self._run.label_of(verdict.state) if type(verdict) is Stop else None
+            await written(self._log, self._log.cursor(cursor, leads_to))
         self._progress.cursor = cursor
         self._progress.windows += 1
         return None if verdict is Continue else verdict

@@ -113,7 +113,7 @@ impl Resumption {
             RowKind::RollbackStarted => {
                 let start = match &self.position {
                     Position::RollBack { start, .. } => start + 1,
-                    _ => 1,
+                    _ => 2,
                 };
                 self.position = Position::RollBack { state: row.state.clone(), start, reason: payload() };
             }

@@ -290,12 +290,16 @@ impl Drive {
             return Ok(Flow::Suspend(waiting, Phase::Log(answer.unbind(), after)));
         }
         let answer = answer.call_method0(intern!(py, "result"));
-        if let (Ok(_), Some(log)) = (&answer, run.get().durable()) {
-            log.get().landed(py);
+        if let Some(log) = run.get().durable() {
+            match &answer {
+                Ok(_) => drop(log.get().landed(py)),
+                Err(error) => log.get().refused(py, error.value(py)),
+            }
         }
         match (answer, self.withheld.take()) {
             (Ok(_), None) => {}
             (Ok(_), Some(cancel)) => return Err(self.interrupted(run, cancel)?),
+            (Err(error), None) if matches!(after, After::Finish) => self.leave_open(run, error)?,
             (Err(error), Some(cancel)) => {
                 cancel.value(py).setattr(intern!(py, "__context__"), error.into_value(py))?;
                 return Err(self.interrupted(run, cancel)?);
@@ -310,6 +314,20 @@ impl Drive {
             After::Call => Flow::Go(Phase::Call),
             After::Finish => Flow::Finish(run.get().env.get().state(py, self.state).clone()),
         })
+    }
+
+    /// The last task is done, so the run is; that its log does not say so is told beside the result.
+    fn leave_open(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<()> {
+        match run.get().durable() {
+            Some(log) if !log.get().is_lost(run.py()) => {
+                log.get().leave_open(run.py(), error);
+                Ok(())
+            }
+            _ => {
+                self.timer.settle(run.py(), None)?;
+                Err(self.failed(run, None, error))
+            }
+        }
     }
 
     pub(super) fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {

@@ -16,7 +16,7 @@ use crate::core::checkpoint::{Row, RowKind, WorkflowId, check_log};
 use crate::core::resume::{Position, Resumption, Undo};
 
 use super::asyncio::Asyncio;
-use super::errors::ConfigurationError;
+use super::errors::{ConfigurationError, RunClaimedError, RunConflictError};
 use super::row::PyRow;
 use super::run::GilCell;
 
@@ -145,6 +145,7 @@ pub(super) struct Log {
     version: u32,
     fingerprint: u64,
     book: GilCell<Book>,
+    unclosed: GilCell<Option<Py<PyAny>>>,
 }
 
 /// What is known of the log, and of the visit that the run is in.
@@ -187,6 +188,8 @@ enum Status {
     Backward,
     Over,
     RolledBack,
+    /// The run is somebody else's, or its log is not what it should be: nothing of it is to be touched.
+    Lost,
 }
 
 #[pymethods]
@@ -233,6 +236,7 @@ impl Log {
             version,
             fingerprint,
             book: GilCell::new(book),
+            unclosed: GilCell::new(None),
         })
     }
 
@@ -248,8 +252,31 @@ impl Log {
 
     /// Whether a row says that the run is over.
     #[getter]
-    fn is_over(&self, py: Python<'_>) -> bool {
+    pub(super) fn is_over(&self, py: Python<'_>) -> bool {
         self.book.with(py, |book| matches!(book.status, Status::Over | Status::RolledBack))
+    }
+
+    /// Whether the log is no longer the run's own to write, clear or give up.
+    #[getter]
+    pub(super) fn is_lost(&self, py: Python<'_>) -> bool {
+        self.book.with(py, |book| book.status == Status::Lost)
+    }
+
+    /// Why the log does not say that the run has reached its exit state, if so.
+    #[getter]
+    fn unclosed(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.unclosed.with(py, |error| error.as_ref().map(|error| error.clone_ref(py)))
+    }
+
+    /// The store did not take the row that was written last.
+    pub(super) fn refused(&self, py: Python<'_>, error: &Bound<'_, PyAny>) {
+        let is_lost = error.is_instance_of::<RunClaimedError>() || error.is_instance_of::<RunConflictError>();
+        self.book.with(py, |book| {
+            book.written = None;
+            if is_lost {
+                book.status = Status::Lost;
+            }
+        });
     }
 
     /// Whether it is over because everything has been undone.
@@ -270,14 +297,20 @@ impl Log {
         self.book.with(py, |book| book.due_at)
     }
 
-    /// Writes how far the present task got.
-    pub(super) fn cursor<'py>(&self, cursor: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    /// Writes how far the present task got, and where the run goes if the task has said so.
+    #[pyo3(signature = (cursor, next_state=None, /))]
+    pub(super) fn cursor<'py>(
+        &self,
+        cursor: &Bound<'py, PyAny>,
+        next_state: Option<String>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = cursor.py();
         let place = self.book.with(py, |book| book.place.clone());
         let blob = self.encode.bind(py).call1((place.state, cursor))?.extract()?;
         self.write(py, RowKind::StepCursor, |row, book| {
             row.refers_to = book.cursors_from;
             row.payload = Some(blob);
+            row.next_state = next_state;
         })
     }
 
@@ -345,6 +378,7 @@ impl Log {
         visit.call(self.fence.get())?;
         visit.call(&self.encode)?;
         self.cursor.peek(|cursor| visit.call(cursor)).unwrap_or(Ok(()))?;
+        self.unclosed.peek(|error| visit.call(error)).unwrap_or(Ok(()))?;
         visit.call(&self.snapshot)
     }
 }
@@ -376,6 +410,12 @@ impl Log {
             row.attempt = start;
             row.snapshot = snapshot;
         })
+    }
+
+    /// The run has reached its exit state, and the store did not take the row that says so.
+    pub(super) fn leave_open(&self, py: Python<'_>, error: PyErr) {
+        let error = error.into_value(py).into_any();
+        drop(self.unclosed.with(py, |unclosed| unclosed.replace(error)));
     }
 
     /// Writes that a compensatable step is done, and where it leads.

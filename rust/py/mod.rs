@@ -87,13 +87,13 @@ mod _core {
     #[pymodule_export]
     use super::failure::ErrorContext;
     #[pymodule_export]
-    use super::log::{Log, Resumed};
-    #[pymodule_export]
     use super::limiter::{PyMultiRateLimiter, PyRateLimiter, PyWindowedRateLimiter};
     #[pymodule_export]
     use super::limiter_policy::{LimiterSnapshot, PyRateLimiterPolicy, PyWindowPolicy};
     #[pymodule_export]
     use super::line::{PyLimiter, WaitingCall};
+    #[pymodule_export]
+    use super::log::{Log, Resumed};
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]

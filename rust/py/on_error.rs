@@ -11,8 +11,8 @@ use pyo3::types::PyType;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::errors::{
-    CanoError, CheckpointError, ConfigurationError, InvalidTransitionError, ResourceError, RetryExhaustedError, UnknownStateError,
-    WorkflowError,
+    CanoError, CheckpointError, ConfigurationError, InvalidTransitionError, ResourceError, RetryExhaustedError,
+    UnknownStateError, WorkflowError,
 };
 
 /// The classes that are keys, none of them twice, and the index of the state that each leads to.

@@ -46,6 +46,9 @@ impl Drive {
         if on_error.is_empty() || matches!(self.program, Program::Branch(_)) {
             return Err(error);
         }
+        if run.get().durable().is_some_and(|log| log.get().is_lost(py)) {
+            return Err(error);
+        }
         // A run that was told to stop does not go on, whatever its task made of the cancellation.
         if !self.fresh && self.timer.was_cancelled(py)? {
             return Err(error);
@@ -102,7 +105,7 @@ impl Drive {
         self.attempt = 0;
         if let Some(log) = run.get().durable() {
             self.fresh = true;
-            return match log.get().cursor(&cursor) {
+            return match log.get().cursor(&cursor, None) {
                 Ok(answer) => self.record(run, answer, After::Call, None),
                 Err(error) => Err(self.failed(run, self.task(run), error)),
             };

@@ -453,6 +453,12 @@ impl Run {
         self.durable().map(|log| log.clone_ref(py))
     }
 
+    /// The label of a state of the workflow; None for anything else.
+    fn label_of(&self, state: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyString>>> {
+        let table = self.env.get().table.get();
+        Ok(table.find(state)?.map(|index| table.states[index].label.clone_ref(state.py())))
+    }
+
     /// When the budget of the whole run ends, in the loop's time; None without one.
     #[getter]
     fn deadline(&self) -> Option<f64> {
