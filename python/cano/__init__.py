@@ -6,7 +6,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
-from ._checkpoints import RowKind, RunStatus
+from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
 from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
@@ -16,6 +16,7 @@ from ._core import (
     CircuitBreaker,
     CircuitPolicy,
     ErrorContext,
+    InMemoryCheckpointStore,
     JoinStrategy,
     LimiterSnapshot,
     MemoryStore,
@@ -26,6 +27,7 @@ from ._core import (
     RetryMode,
     RunContext,
     SplitResult,
+    SqliteCheckpointStore,
     StreamWindow,
     WindowedRateLimiter,
     WindowPolicy,
@@ -108,6 +110,7 @@ __all__ = [
     "Caught",
     "CheckpointError",
     "CheckpointRow",
+    "CheckpointStore",
     "CircuitBreaker",
     "CircuitOpenError",
     "CircuitPolicy",
@@ -124,6 +127,7 @@ __all__ = [
     "ErrorContext",
     "FromResources",
     "HealthStatus",
+    "InMemoryCheckpointStore",
     "InvalidTransitionError",
     "ItemErrorPolicy",
     "JoinConfig",
@@ -168,9 +172,11 @@ __all__ = [
     "RunContext",
     "RunNotFoundError",
     "RunStatus",
+    "RunSummary",
     "RunTooLargeError",
     "Seconds",
     "SplitResult",
+    "SqliteCheckpointStore",
     "SteppedTask",
     "Stop",
     "StoreError",

@@ -308,7 +308,7 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
     """
     statuses = (RunStatus.Running, RunStatus.RollingBack)
     listed = await settled(store.list_runs(status=statuses, limit=limit))
-    mine = [run.workflow_id for run in listed if run.workflow == workflow.name]
+    mine = [run.id for run in listed if run.workflow == workflow.name]
     outcomes: dict[str, S | Exception] = {}
 
     async def recover(workflow_id: str) -> None:

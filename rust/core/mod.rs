@@ -33,5 +33,7 @@ pub mod claim;
 
 pub mod resume;
 
+pub mod ledger;
+
 #[cfg(test)]
 mod tests;
