@@ -97,6 +97,7 @@ from ._models import (
 )
 from ._on_error import Caught
 from ._resources import FromResources, HealthStatus, Res, Resource, Resources
+from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
 
@@ -117,6 +118,7 @@ __all__ = [
     "CircuitSnapshot",
     "CircuitState",
     "Codec",
+    "CompensatableTask",
     "CompensationFailedError",
     "CompensationTimeoutError",
     "ConfigurationError",

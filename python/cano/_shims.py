@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import logging
 import math
@@ -42,8 +43,9 @@ from ._models import (
     TimerTask,
     Until,
 )
+from ._saga import CompensatableTask
 from ._stream import Stream
-from ._tasks import Form, config_of, given_type, name_of, prepare_task, spec_of
+from ._tasks import Form, config_of, given_type, name_of, output_of, prepare_task, spec_of
 
 _log = logging.getLogger("cano")
 
@@ -202,6 +204,30 @@ def _batch(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     return Batch(task, name, config).spec(config)
 
 
+_FORWARD = Form(pairs=True)
+_BACK = Form(("output",))
+
+
+def _undoable(task: Any, name: str, config: TaskConfig, *, register_before: bool = False) -> _core.TaskSpec:
+    run, compensate = Method.of(task, name, "run", _FORWARD), Method.of(task, name, "compensate", _BACK)
+    sources, keywords, _ = compensate.reading
+    if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
+        raise ConfigurationError(f"task {name}.compensate takes what led into the state, which only run can get")
+    back = _core.Plan([("cursor", None, None), *sources], keywords, None, _is_async(compensate))
+    undo = _core.TaskSpec(compensate.call, f"{name}.compensate", back, None)
+    plan = _core.Plan(*run.reading, _is_async(run))
+    type_ = output_of(run.call, compensate.call)
+    compensation = _core.Compensation(undo, type_, register_before)
+    return _core.TaskSpec(run.call, name, plan, config._policy, "compensatable task", None, compensation)
+
+
+def _is_async(method: Method) -> bool:
+    return inspect.iscoroutinefunction(method.call)
+
+
+_COMPENSATABLE = _Model(
+    "compensatable task", CompensatableTask, ("run", "compensate"), "register_with_compensation", _undoable
+)
 _MODELS = (
     _Model("router", RouterTask, ("route",), "register_router", _router),
     _Model("poll task", PollTask, ("poll",), "register", _poll),
@@ -209,6 +235,7 @@ _MODELS = (
     _Model("batch task", BatchTask, ("load", "process_item", "finish"), "register", _batch),
     _Model("stepped task", SteppedTask, ("step",), "register_stepped", _stepped),
     _Model("stream", StreamTask, ("open", "process_item", "flush_window", "on_close"), "register_stream", _stream),
+    _COMPENSATABLE,
 )
 
 
@@ -230,7 +257,16 @@ def prepare_branches(tasks: Any) -> tuple[_core.TaskSpec, ...]:
     """The branches of a split, in order."""
     if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Iterable):
         raise ConfigurationError(f"the branches of a split must be an iterable of tasks, got {show(tasks)}")
-    return tuple(prepare(task) for task in tasks)
+    return tuple(_branch(task) for task in tasks)
+
+
+def _branch(task: Any) -> _core.TaskSpec:
+    if _model_of(task) is _COMPENSATABLE:
+        raise ConfigurationError(
+            f"task {name_of(task)} is a compensatable task, which cannot be a branch of a split; "
+            f"do it before the split or after the join"
+        )
+    return prepare(task)
 
 
 def prepare_router(task: Any, config: TaskConfig | None) -> _core.TaskSpec:
@@ -251,10 +287,19 @@ def prepare_stream(task: Any, config: TaskConfig | None) -> _core.TaskSpec:
     return _through("register_stream", _model_of(task), task, config)
 
 
+def prepare_compensatable(task: Any, config: TaskConfig | None, *, register_before: bool) -> _core.TaskSpec:
+    """Turn what is given to `Workflow.register_with_compensation` into what the driver runs."""
+    make = functools.partial(_undoable, register_before=register_before)
+    model = _model_of(task)
+    return _through(_COMPENSATABLE.door, model and model._replace(make=make), task, config)
+
+
 def _model_of(task: Any) -> _Model | None:
     """The model that a task follows, by its base or else by its methods; None for a function, a callable or a `Task`."""
     if isinstance(task, (types.FunctionType, type)):
         return None
+    if not _missing(_COMPENSATABLE, type(task)):
+        return _COMPENSATABLE
     for model in _MODELS:
         if isinstance(task, model.base):
             return model

@@ -123,6 +123,7 @@ class Form:
         own: What it may ask for besides: annotations, and the kinds of source they stand for.
         yields: Whether it may be an async generator function.
         iterates: Whether it may be a generator function.
+        pairs: Whether it returns the next state with an output.
     """
 
     given: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ class Form:
     own: tuple[tuple[Any, str], ...] = ()
     yields: bool = False
     iterates: bool = False
+    pairs: bool = False
 
 
 _FUNCTION = Form()
@@ -203,7 +205,10 @@ def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading
                     f"parameter {parameter.name} of task {name} must not follow one with a default"
                 )
             keywords.append(parameter.name)
-    declared = _declared(_resolve(signature.return_annotation, inner, missing=None), form)
+    returned = _resolve(signature.return_annotation, inner, missing=None)
+    if form.pairs:
+        returned, _ = _pair(returned) or (None, None)
+    declared = _declared(returned, form)
     return Reading(sources, tuple(keywords) or None, declared)
 
 
@@ -334,6 +339,24 @@ def _declared(annotation: Any, form: Form) -> tuple[Any, ...] | None:
         parts = [_declared(part, form) for part in arguments]
         return None if None in parts else tuple(state for part in parts for state in part or ())
     return None
+
+
+def _pair(annotation: Any) -> tuple[Any, ...]:
+    """The two parts of ``tuple[S, T]``, also behind an Awaitable; empty for anything else."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(origin, type) and issubclass(origin, (Awaitable, Coroutine)):
+        return _pair(arguments[-1])
+    is_pair = origin is tuple and len(arguments) == 2 and arguments[1] is not Ellipsis  # noqa: PLR2004
+    return arguments if is_pair else ()
+
+
+def output_of(run: Callable[..., Any], compensate: Callable[..., Any]) -> Any:
+    """The annotation of a compensatable task's output: in ``run``'s result, or else at ``compensate``'s first parameter."""
+    inner = innermost(run)
+    if pair := _pair(_resolve(inspect.signature(run).return_annotation, inner, missing=None)):
+        return pair[1]
+    first = next(iter(inspect.signature(compensate).parameters.values()))
+    return _resolve(first.annotation, innermost(compensate), missing=Any)
 
 
 # --- preparing a task ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ._config import Seconds, TaskConfig
 from ._durable import RECOVERY_LIMIT, Definition, Migration, Ownership, begin, fingerprint, resume
 from ._errors import (
     LABEL_LIMIT,
+    CompensationFailedError,
     ConfigurationError,
     WorkflowCancelledError,
     WorkflowError,
@@ -28,7 +29,7 @@ from ._log import settled
 from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
-from ._shims import prepare, prepare_branches, prepare_router, prepare_stepped, prepare_stream
+from ._shims import prepare, prepare_branches, prepare_compensatable, prepare_router, prepare_stepped, prepare_stream
 from ._tasks import SingleResult, SplitRequest, data_classes, prepare_factory, states_of
 
 S = TypeVar("S", bound=Hashable)
@@ -70,6 +71,7 @@ class Workflow(Generic[S]):
     __slots__ = (
         "__weakref__",
         "_codec",
+        "_compensation_timeout",
         "_data",
         "_exits",
         "_known",
@@ -93,6 +95,7 @@ class Workflow(Generic[S]):
         self._states: dict[S, tuple[_Work, JoinConfig[S] | None, Keys[S]]] = {}
         self._exits: dict[S, None] = {}
         self._timeout: float | None = None
+        self._compensation_timeout: float | None = None
         self._workflow_id: str | None = None
         self._store: CheckpointStore | None = None
         self._version = 0
@@ -218,6 +221,38 @@ class Workflow(Generic[S]):
         """
         return self._add(state, prepare_stream(task, config), None, on_error)
 
+    def register_with_compensation(
+        self,
+        state: S,
+        task: object,
+        *,
+        config: TaskConfig | None = None,
+        on_error: OnError[S] | None = None,
+        register_before: bool = False,
+    ) -> Self:
+        """Give a state a task that is undone if the run fails later.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: An object with the methods ``run`` and ``compensate`` (see `CompensatableTask`); its name differs from that
+                of every other compensatable task of the workflow.
+            config: How ``run`` is run; its ``attempt_timeout`` bounds ``compensate`` as well. None takes the task's own
+                attribute ``config``, or else ``TaskConfig()``.
+            on_error: As for `register`. A step that leads on this way is not undone for that. A result of ``run`` that is
+                refused, such as an unknown state, is never led on from: the run ends, and the step is undone first.
+            register_before: Whether the step is undone, with None for its output, also if it has begun and failed, timed out
+                or was cancelled. False does not undo it: a step that fails is taken to have done nothing.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, `task` is not compensatable, or the workflow is frozen.
+        """
+        if not isinstance(register_before, bool):
+            raise ConfigurationError(f"register_before must be a bool, got {show(register_before)}")
+        return self._add(state, prepare_compensatable(task, config, register_before=register_before), None, on_error)
+
     def register_split(
         self,
         state: S,
@@ -318,6 +353,16 @@ class Workflow(Generic[S]):
         """
         self._check_open()
         self._timeout = _core.seconds("timeout", seconds)
+        return self
+
+    def with_compensation_timeout(self, seconds: Seconds | None) -> Self:
+        """Bound the roll-back of a run that fails to this many seconds.
+
+        What is not undone by then is not begun any more, and is reported in a `CompensationFailedError`. None, the default, is
+        half of the run's timeout, at most 30 s; and 30 s for a run without a timeout.
+        """
+        self._check_open()
+        self._compensation_timeout = _core.seconds("compensation_timeout", seconds)
         return self
 
     def with_workflow_id(self, workflow_id: str | None) -> Self:
@@ -438,6 +483,7 @@ class Workflow(Generic[S]):
         copy._states = dict(self._states)
         copy._exits = dict(self._exits)
         copy._timeout = self._timeout
+        copy._compensation_timeout = self._compensation_timeout
         copy._workflow_id = self._workflow_id
         copy._data = self._data
         copy._store, copy._codec = self._store, self._codec
@@ -499,7 +545,9 @@ class Workflow(Generic[S]):
                 for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
-            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS, self._data)
+            self._table = _core.Table(
+                f"workflow {self._name}", entries, _SHIMS, self._compensation_timeout, self._data
+            )
         return self._table
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -531,8 +579,10 @@ class Workflow(Generic[S]):
             UnknownStateError: A task returned a state that is neither registered nor an exit state.
             Exception: Whatever a task raised, the same object, with a note and the attribute ``__cano__``.
 
-        Cancellation: the task in flight and every branch are cancelled and awaited, resources are torn down, then
-        `asyncio.CancelledError` goes on.
+            CompensationFailedError: The run failed, and not all of its compensatable steps could be undone.
+
+        Cancellation: the task in flight and every branch are cancelled and awaited, the compensatable steps that are done are
+        undone, resources are torn down, then `asyncio.CancelledError` goes on.
         """
         used = self._resources if resources is None else _as_resources(resources)
         run = _core.Run(
@@ -719,13 +769,14 @@ class Run(Generic[S]):
     times. As with a task, cancelling whoever awaits it cancels the run; ``asyncio.shield(run)`` prevents that.
     """
 
-    __slots__ = ("__weakref__", "_cancelled", "_reason", "_run", "_task")
+    __slots__ = ("__weakref__", "_cancelled", "_failed", "_reason", "_run", "_task")
 
     def __init__(self, run: _core.Run, task: asyncio.Task[S]) -> None:
         self._run = run
         self._task = task
         self._cancelled = False
         self._reason: str | None = None
+        self._failed: CompensationFailedError | None = None
 
     @property
     def id(self) -> str:
@@ -776,6 +827,10 @@ class Run(Generic[S]):
             awaiter_is_cancelled = host is not None and host.cancelling() > before
             if not self._cancelled or awaiter_is_cancelled or not self._task.cancelled():
                 raise
+            if isinstance(cancelled.__cause__, CompensationFailedError):  # told to the first one who awaits
+                self._failed = cancelled.__cause__
+            if self._failed is not None:
+                raise self._failed from None
             raise self._cancelled_error() from cancelled
         finally:
             del self, host  # an exception's traceback holds this frame, which must not hold the task that holds it

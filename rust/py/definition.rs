@@ -369,12 +369,37 @@ pub(super) struct TaskSpec {
     is_router: bool,
     /// The annotation of its cursor, if it has one.
     cursor: Option<Py<PyAny>>,
+    pub(super) compensation: Option<Py<Compensation>>,
+}
+
+/// How a compensatable task is undone.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Compensation {
+    /// Called with the output first.
+    pub(super) task: Py<TaskSpec>,
+    /// The annotation of the output.
+    pub(super) output_type: Py<PyAny>,
+    /// Whether the task is undone even if it began and did not end well.
+    register_before: bool,
+}
+
+#[pymethods]
+impl Compensation {
+    #[new]
+    fn new(task: Py<TaskSpec>, output_type: Py<PyAny>, register_before: bool) -> Self {
+        Self { task, output_type, register_before }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.task)?;
+        visit.call(&self.output_type)
+    }
 }
 
 #[pymethods]
 impl TaskSpec {
     #[new]
-    #[pyo3(signature = (call, name, plan, policy, model=None, cursor=None))]
+    #[pyo3(signature = (call, name, plan, policy, model=None, cursor=None, compensation=None))]
     fn new(
         py: Python<'_>,
         call: Py<PyAny>,
@@ -383,10 +408,11 @@ impl TaskSpec {
         policy: Option<Py<Policy>>,
         model: Option<Py<PyString>>,
         cursor: Option<Py<PyAny>>,
+        compensation: Option<Py<Compensation>>,
     ) -> Self {
         let has_steps = plan.get().sources.iter().any(|source| matches!(source, Source::Cursor));
         let is_router = model.as_ref().is_some_and(|model| model.bind(py) == "router");
-        Self { call, name, plan, policy, model, has_steps, is_router, cursor }
+        Self { call, name, plan, policy, model, has_steps, is_router, cursor, compensation }
     }
 
     #[getter]
@@ -413,7 +439,8 @@ impl TaskSpec {
         visit.call(&self.call)?;
         visit.call(&self.plan)?;
         visit.call(&self.cursor)?;
-        visit.call(&self.policy)
+        visit.call(&self.policy)?;
+        visit.call(&self.compensation)
     }
 }
 
@@ -431,6 +458,7 @@ impl TaskSpec {
             has_steps: false,
             is_router: false,
             cursor: None,
+            compensation: None,
         })
     }
 
@@ -441,6 +469,10 @@ impl TaskSpec {
 
     pub(super) fn plan_ref(&self) -> &Plan {
         self.plan.get()
+    }
+
+    pub(super) fn registers_before(&self) -> bool {
+        self.compensation.as_ref().is_some_and(|compensation| compensation.get().register_before)
     }
 
     pub(super) fn max_attempts(&self) -> u32 {

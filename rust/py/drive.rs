@@ -23,6 +23,7 @@ use super::failure::Failure;
 use super::log::{Log, Place};
 use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
+use super::saga::Completion;
 use super::split::Split;
 use super::table::Kind;
 use super::timer::{Armed, Limit, Timer};
@@ -42,10 +43,14 @@ pub(super) enum Work {
     Attempt,
     /// An attempt at one step of a stepped task.
     Step,
+    /// An attempt at a compensatable task.
+    Forward,
     Backoff,
     /// The wait for the rate limiter, before an attempt.
     Admission,
     Factory,
+    /// The run ends with an error, and what it has done is undone.
+    RollBack,
 }
 
 pub(super) enum Phase {
@@ -70,6 +75,8 @@ pub(super) enum Flow<'py> {
     Go(Phase),
     Suspend(Bound<'py, PyAny>, Phase),
     Finish(Bound<'py, PyAny>),
+    /// The error ends the run, and everything that could be undone is.
+    Fail(PyErr),
 }
 
 /// What is run.
@@ -103,6 +110,8 @@ pub(super) struct Drive {
     /// What the last step left for the next one.
     pub(super) cursor: Option<Py<PyAny>>,
     pub(super) timer: Timer,
+    /// The compensatable steps that are done, newest last.
+    pub(super) stack: Vec<Py<Completion>>,
     /// Whether the task's rate limiter has granted the next attempt.
     is_admitted: bool,
     /// A cancel that came while a row was on its way.
@@ -123,6 +132,7 @@ impl Drive {
             handed: Handed::Nothing,
             cursor: None,
             timer: Timer::default(),
+            stack: Vec::new(),
             is_admitted: false,
             withheld: None,
             grant: None,
@@ -168,7 +178,7 @@ impl Drive {
             input = None;
             let flow = match flow {
                 Ok(flow) => flow,
-                Err(error) => self.on_error(run, error)?,
+                Err(error) => self.on_error(run, error).or_else(|error| self.unwind(run, error))?,
             };
             match flow {
                 Flow::Go(next) => phase = next,
@@ -178,6 +188,7 @@ impl Drive {
                     return Ok(Advance::Suspended(value));
                 }
                 Flow::Finish(value) => return Ok(Advance::Finished(value)),
+                Flow::Fail(error) => return Err(error),
             }
         }
     }
@@ -334,7 +345,7 @@ impl Drive {
         let py = run.py();
         if let Program::Branch(task) = &self.program {
             let task = task.clone_ref(py);
-            return self.begin(run, Work::Attempt, task.get());
+            return self.begin(run, Work::Attempt, &task);
         }
         if let Program::Items(items) = &mut self.program {
             let items = items.take();
@@ -343,18 +354,25 @@ impl Drive {
         let table = run.get().env.get().table.get();
         match &table.states[self.state].kind {
             Kind::Task { task, .. } => {
-                let work = if task.get().has_steps { Work::Step } else { Work::Attempt };
-                self.begin(run, work, task.get())
+                let work = match task.get() {
+                    TaskSpec { has_steps: true, .. } => Work::Step,
+                    TaskSpec { compensation: Some(_), .. } => {
+                        self.check_stack(run, task)?;
+                        Work::Forward
+                    }
+                    _ => Work::Attempt,
+                };
+                self.begin(run, work, task)
             }
-            Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
+            Kind::Factory { task, .. } => self.begin(run, Work::Factory, task),
             Kind::Split { branches, join } => self.open(run, tasks(branches.bind(py))?, join),
             Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
         }
     }
 
     /// Starts an attempt and runs it to its first suspension.
-    fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, task: &TaskSpec) -> PyResult<Flow<'py>> {
-        let (py, env) = (run.py(), run.get().env.get());
+    fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, spec: &Py<TaskSpec>) -> PyResult<Flow<'py>> {
+        let (py, env, task) = (run.py(), run.get().env.get(), spec.get());
         if let Some(error) = run.get().check_budget(py)? {
             self.attempt = 0;
             return Err(self.failed(run, None, error));
@@ -368,6 +386,9 @@ impl Drive {
         }
         self.attempt += 1;
         self.fresh = true;
+        if work == Work::Forward {
+            self.intend(run, spec)?;
+        }
         if let Some(limit) = task.attempt_timeout() {
             self.timer.attempt_deadline = Some(env.now(py)? + limit);
         }
@@ -466,7 +487,7 @@ impl Drive {
     }
 
     /// Steps the suspended coroutine.
-    fn work<'py>(
+    pub(super) fn work<'py>(
         &mut self,
         run: &Bound<'py, Run>,
         work: Work,
@@ -480,6 +501,7 @@ impl Drive {
                 self.timer.settle(run.py(), None)?;
                 self.returned(run, work, value)
             }
+            Step::Raised(error) if work == Work::RollBack => Ok(Flow::Fail(error)),
             Step::Raised(error) => {
                 drop(inner);
                 self.raised(run, work, error)
@@ -511,6 +533,8 @@ impl Drive {
             Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
             Work::Attempt => self.route(run, &value),
             Work::Step => self.stepped(run, &value),
+            Work::Forward => self.compensatable(run, &value),
+            Work::RollBack => Ok(Flow::Fail(PyErr::from_value(value))),
         }
     }
 
@@ -549,7 +573,7 @@ impl Drive {
             });
         }
         self.settle(run, Outcome::Failure);
-        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step)) else {
+        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step | Work::Forward)) else {
             return Err(self.failed(run, self.task(run), error));
         };
         self.retry(run, task, error)
@@ -700,6 +724,7 @@ impl Drive {
     }
 
     pub(super) fn close(&mut self, py: Python<'_>) -> PyResult<()> {
+        let told = self.abandon(py);
         match mem::replace(&mut self.phase, Phase::Over) {
             Phase::Work(_, inner) => {
                 if let Some(close) = inner.bind(py).getattr_opt(intern!(py, "close"))? {
@@ -710,6 +735,7 @@ impl Drive {
             Phase::Join(split) => Split::close(split.bind(py)),
             Phase::Enter(_) | Phase::Call | Phase::Log(..) | Phase::Over => Ok(()),
         }
+        .and(told)
     }
 
     pub(super) fn stop(&mut self, py: Python<'_>) {
@@ -738,6 +764,9 @@ impl Drive {
             Handed::Caught(error) => visit.call(error)?,
         }
         visit.call(&self.cursor)?;
+        for step in &self.stack {
+            visit.call(step)?;
+        }
         self.timer.traverse(visit)
     }
 }

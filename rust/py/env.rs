@@ -42,7 +42,7 @@ pub(super) struct Env {
 #[derive(Clone, Copy)]
 pub(super) struct Budget {
     started: f64,
-    limit: f64,
+    pub(super) limit: f64,
     pub(super) deadline: f64,
 }
 

@@ -76,6 +76,8 @@ mod drive;
 
 mod route;
 
+mod saga;
+
 #[pyo3::pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
@@ -89,7 +91,7 @@ mod _core {
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]
-    use super::definition::{Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
+    use super::definition::{Compensation, Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
     #[pymodule_export]
     use super::env::RunContext;
     #[pymodule_export]
@@ -114,6 +116,8 @@ mod _core {
     use super::row::PyRow;
     #[pymodule_export]
     use super::run::Run;
+    #[pymodule_export]
+    use super::saga::Completion;
     #[pymodule_export]
     use super::split::Split;
     #[pymodule_export]

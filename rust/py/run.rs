@@ -31,6 +31,7 @@ use super::env::{Budget, Env, Scope};
 use super::errors::{TaskExecutionError, thrown};
 use super::failure::{Failure, Trail};
 use super::log::{Log, Resumed};
+use super::saga::Completion;
 use super::split::Split;
 use super::table::Table;
 
@@ -285,11 +286,20 @@ impl Run {
 
     /// Annotates the exception that ends the run, and hands it back.
     pub(super) fn annotate(&self, py: Python<'_>, failure: &Failure<'_>, error: PyErr) -> PyErr {
-        match self.trail(py) {
-            Ok(trail) => failure.annotate(py, self.env.get(), &trail, error.value(py)),
-            Err(problem) => problem.write_unraisable(py, None),
+        if let Err(problem) = self.annotate_value(py, failure, error.value(py)) {
+            problem.write_unraisable(py, None);
         }
         error
+    }
+
+    pub(super) fn annotate_value(
+        &self,
+        py: Python<'_>,
+        failure: &Failure<'_>,
+        error: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        failure.annotate(py, self.env.get(), &self.trail(py)?, error);
+        Ok(())
     }
 
     fn trail(&self, py: Python<'_>) -> PyResult<Trail> {
@@ -477,8 +487,7 @@ impl Run {
     #[pyo3(name = "annotate")]
     fn annotate_in_python(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = error.py();
-        self.failure(py).annotate(py, self.env.get(), &self.trail(py)?, error);
-        Ok(())
+        self.annotate_value(py, &self.failure(py), error)
     }
 
     /// Does a task on items as they come, so many at once, and gives the `SplitResult`.
@@ -492,6 +501,20 @@ impl Run {
         concurrency: usize,
     ) -> Self {
         self.part(py, Items { task, iterator, feeder, concurrency })
+    }
+
+    /// A compensatable step of this run, as a row of its log tells of it.
+    #[pyo3(signature = (state, task, visit, sequence, output, /))]
+    fn completion(
+        &self,
+        py: Python<'_>,
+        state: &str,
+        task: &str,
+        visit: u32,
+        sequence: u64,
+        output: Option<Py<PyAny>>,
+    ) -> Completion {
+        Completion::stored(py, &self.env, (state, task), visit, sequence, output)
     }
 
     #[getter]
