@@ -9,6 +9,7 @@ from typing_extensions import disjoint_base
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import RowKind, RunStatus, RunSummary
 from ._config import Seconds
+from ._durable import Definition
 from ._join import JoinConfig
 from ._resources import Resources
 
@@ -1557,6 +1558,8 @@ class TaskSpec:
     @property
     def cursor(self) -> Any: ...
     @property
+    def output(self) -> Any: ...
+    @property
     def name(self) -> str: ...
     @property
     def plan(self) -> Plan: ...
@@ -1656,7 +1659,7 @@ class Log:
         cls,
         store: Any,
         workflow_id: str,
-        encode: Callable[[str, Any], bytes],
+        definition: Definition,
         snapshot: Callable[[], bytes] | None,
         run_id: bytes,
         version: int,
@@ -1665,6 +1668,8 @@ class Log:
         cursor: Any = None,
         /,
     ) -> Log: ...
+    @property
+    def definition(self) -> Definition: ...
     def owned(self, fence: int) -> None: ...
     def take_cursor(self) -> Any: ...
     @property

@@ -55,6 +55,8 @@ class Definition(NamedTuple):
     codec: Codec
     cursors: dict[str, tuple[str, Any]]
     """The task and the annotation of the cursor, of each state whose task has one."""
+    outputs: dict[str, tuple[str, Any]]
+    """The same of the outputs of those that can be undone."""
     data: type[Any] | None
     migrate: Migration | None
     recovery_limit: int
@@ -72,7 +74,7 @@ class Definition(NamedTuple):
         return _core.Log(
             ownership.store,
             ownership.workflow_id,
-            self.encode_cursor,
+            self,
             None if self.data is None else partial(encoded, self.codec, "the run data", data, self.data),
             run_id,
             self.version,
@@ -90,6 +92,10 @@ class Definition(NamedTuple):
     def encode_cursor(self, state: str, cursor: object) -> bytes:
         task, type_ = self.cursors[state]
         return encoded(self.codec, f"the cursor of task {task} in state {state}", cursor, type_)
+
+    def encode_output(self, state: str, output: object) -> bytes:
+        task, type_ = self.outputs[state]
+        return encoded(self.codec, f"the output of task {task} in state {state}", output, type_)
 
     def decode_cursor(self, state: str, data: bytes | None) -> Any:
         if data is None or state not in self.cursors:

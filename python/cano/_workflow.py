@@ -545,9 +545,7 @@ class Workflow(Generic[S]):
                 for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
-            self._table = _core.Table(
-                f"workflow {self._name}", entries, _SHIMS, self._compensation_timeout, self._data
-            )
+            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS, self._compensation_timeout, self._data)
         return self._table
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -735,16 +733,27 @@ class Workflow(Generic[S]):
         if self._known is None:
             self._frozen()
             cursors: dict[str, tuple[str, Any]] = {}
+            outputs: dict[str, tuple[str, Any]] = {}
             parts: list[str] = []
             for state, (work, _, _) in self._states.items():
                 parts.append(f"{_label(state)}: {_described(work)}")
                 if isinstance(work, _core.TaskSpec):
-                    parts[-1] += f", {work.model}, {work.cursor}"
+                    parts[-1] += f", {work.model}, {work.cursor}, {work.output}"
                     if work.cursor is not None:
                         cursors[_label(state)] = (work.name, work.cursor)
+                    if work.output is not None:
+                        outputs[_label(state)] = (work.name, work.output)
             digest = fingerprint((self._name, sorted(parts), sorted(map(_label, self._exits)), str(self._data)))
             self._known = Definition(
-                self._name, self._version, digest, self._codec, cursors, self._data, self._migrate, self._recovery_limit
+                self._name,
+                self._version,
+                digest,
+                self._codec,
+                cursors,
+                outputs,
+                self._data,
+                self._migrate,
+                self._recovery_limit,
             )
         return self._known
 

@@ -415,6 +415,12 @@ impl TaskSpec {
         Self { call, name, plan, policy, model, has_steps, is_router, cursor, compensation }
     }
 
+    /// The annotation of its output, if it can be undone.
+    #[getter]
+    fn output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.compensation.as_ref().map(|compensation| compensation.get().output_type.clone_ref(py))
+    }
+
     #[getter]
     fn cursor(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.cursor.as_ref().map(|cursor| cursor.clone_ref(py))

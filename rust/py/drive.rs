@@ -58,6 +58,8 @@ pub(super) enum Phase {
     Call,
     Work(Work, Py<PyAny>),
     Join(Py<Split>),
+    /// The run failed before it was resumed.
+    Undo(PyErr),
     /// A row is on its way; what follows once the store has it.
     Log(Py<PyAny>, After),
     Over,
@@ -67,6 +69,8 @@ pub(super) enum Phase {
 #[derive(Clone, Copy)]
 pub(super) enum After {
     Call,
+    /// A compensatable step is done, and leads to this state.
+    Enter(usize),
     Finish,
 }
 
@@ -112,6 +116,10 @@ pub(super) struct Drive {
     pub(super) timer: Timer,
     /// The compensatable steps that are done, newest last.
     pub(super) stack: Vec<Py<Completion>>,
+    /// The step whose completion is on its way to the log.
+    pub(super) done: Option<Completion>,
+    /// The row with which the present visit began.
+    pub(super) entered: Option<u64>,
     /// Whether the task's rate limiter has granted the next attempt.
     is_admitted: bool,
     /// A cancel that came while a row was on its way.
@@ -133,6 +141,8 @@ impl Drive {
             cursor: None,
             timer: Timer::default(),
             stack: Vec::new(),
+            done: None,
+            entered: None,
             is_admitted: false,
             withheld: None,
             grant: None,
@@ -161,7 +171,7 @@ impl Drive {
         let mut input = Some(input);
         loop {
             let flow = match phase {
-                Phase::Enter(_) | Phase::Call if matches!(input, Some(Input::Throw(_))) => {
+                Phase::Enter(_) | Phase::Call | Phase::Undo(_) if matches!(input, Some(Input::Throw(_))) => {
                     let Some(Input::Throw(error)) = input else { unreachable!("matched above") };
                     self.interrupted(run, error).and_then(Err)
                 }
@@ -172,6 +182,7 @@ impl Drive {
                     self.work(run, work, inner.into_bound(py), input)
                 }
                 Phase::Join(split) => self.join(run, split, input.take()),
+                Phase::Undo(error) => self.undo(run, error),
                 Phase::Log(answer, after) => self.record(run, answer.into_bound(py), after, input.take()),
                 Phase::Over => return Err(WorkflowError::new_err("the run is over")),
             };
@@ -269,7 +280,12 @@ impl Drive {
             return self.call(run);
         }
         let is_exit = matches!(entry.kind, Kind::Exit);
-        let place = Place { state: entry.label.bind(py).to_string(), task: entry.task_name(py), visit };
+        let place = Place {
+            state: entry.label.bind(py).to_string(),
+            task: entry.task_name(py),
+            visit,
+            is_intent: entry.registers_before(),
+        };
         match log.enter(py, place, is_exit) {
             Ok(answer) => self.record(run, answer, if is_exit { After::Finish } else { After::Call }, None),
             Err(error) => Err(self.failed(run, None, error)),
@@ -301,11 +317,17 @@ impl Drive {
             return Ok(Flow::Suspend(waiting, Phase::Log(answer.unbind(), after)));
         }
         let answer = answer.call_method0(intern!(py, "result"));
+        let mut sequence = None;
         if let Some(log) = run.get().durable() {
             match &answer {
-                Ok(_) => drop(log.get().landed(py)),
+                Ok(_) => sequence = log.get().landed(py),
                 Err(error) => log.get().refused(py, error.value(py)),
             }
+        }
+        if let Some(step) = self.done.take() {
+            self.push(run, step.recorded(sequence))?;
+        } else if sequence.is_some() {
+            self.entered = sequence;
         }
         match (answer, self.withheld.take()) {
             (Ok(_), None) => {}
@@ -323,6 +345,7 @@ impl Drive {
         self.timer.settle(py, None)?;
         Ok(match after {
             After::Call => Flow::Go(Phase::Call),
+            After::Enter(next) => Flow::Go(Phase::Enter(next)),
             After::Finish => Flow::Finish(run.get().env.get().state(py, self.state).clone()),
         })
     }
@@ -719,7 +742,7 @@ impl Drive {
     pub(super) fn awaiting(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match &self.phase {
             Phase::Work(_, inner) => Some(inner.clone_ref(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Log(..) | Phase::Over => None,
+            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Undo(_) | Phase::Log(..) | Phase::Over => None,
         }
     }
 
@@ -733,7 +756,7 @@ impl Drive {
                 Ok(())
             }
             Phase::Join(split) => Split::close(split.bind(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Log(..) | Phase::Over => Ok(()),
+            Phase::Enter(_) | Phase::Call | Phase::Undo(_) | Phase::Log(..) | Phase::Over => Ok(()),
         }
         .and(told)
     }
@@ -747,7 +770,7 @@ impl Drive {
             Phase::Work(_, inner) => visit.call(inner)?,
             Phase::Join(split) => visit.call(split)?,
             Phase::Log(answer, _) => visit.call(answer)?,
-            Phase::Enter(_) | Phase::Call | Phase::Over => {}
+            Phase::Enter(_) | Phase::Call | Phase::Undo(_) | Phase::Over => {}
         }
         match &self.program {
             Program::Branch(task) => visit.call(task)?,
@@ -766,6 +789,9 @@ impl Drive {
         visit.call(&self.cursor)?;
         for step in &self.stack {
             visit.call(step)?;
+        }
+        if let Some(step) = &self.done {
+            step.traverse(visit)?;
         }
         self.timer.traverse(visit)
     }

@@ -135,8 +135,9 @@ pub(super) struct Log {
     append: Py<PyAny>,
     workflow_id: Py<PyString>,
     fence: OnceLock<Py<PyAny>>,
-    /// Makes bytes of the cursor of a state's task.
-    encode: Py<PyAny>,
+    /// What the run has to know of its workflow: it makes bytes of cursors and outputs.
+    #[pyo3(get)]
+    definition: Py<PyAny>,
     /// What the visit that is resumed got as far as, for its task.
     cursor: GilCell<Option<Py<PyAny>>>,
     /// Gives the bytes of the run's own variables, or None.
@@ -172,6 +173,8 @@ pub(super) struct Place {
     pub(super) state: String,
     pub(super) task: String,
     pub(super) visit: u32,
+    /// Whether the step is to be undone from its entry on.
+    pub(super) is_intent: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -195,12 +198,12 @@ enum Status {
 #[pymethods]
 impl Log {
     #[new]
-    #[pyo3(signature = (store, workflow_id, encode, snapshot, run_id, version, fingerprint, resumed=None, cursor=None, /))]
+    #[pyo3(signature = (store, workflow_id, definition, snapshot, run_id, version, fingerprint, resumed=None, cursor=None, /))]
     #[allow(clippy::too_many_arguments, reason = "the fields, as a record has them")]
     fn new(
         store: &Bound<'_, PyAny>,
         workflow_id: Py<PyString>,
-        encode: Py<PyAny>,
+        definition: Py<PyAny>,
         snapshot: Option<Py<PyAny>>,
         run_id: [u8; 16],
         version: u32,
@@ -212,7 +215,7 @@ impl Log {
         if let Some(resumed) = resumed {
             let found = &resumed.get().found;
             book.next = found.next;
-            book.place = Place { state: resumed.get().state().to_owned(), task: String::new(), visit: 1 };
+            book.place = Place { state: resumed.get().state().to_owned(), visit: 1, ..Place::default() };
             match &found.position {
                 Position::Again { start, due_at, visit, .. } => {
                     (book.started, book.due_at) = (start - 1, *due_at);
@@ -229,7 +232,7 @@ impl Log {
             append: store.getattr(intern!(store.py(), "append"))?.unbind(),
             workflow_id,
             fence: OnceLock::new(),
-            encode,
+            definition,
             cursor: GilCell::new(cursor),
             snapshot,
             run_id,
@@ -306,7 +309,8 @@ impl Log {
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = cursor.py();
         let place = self.book.with(py, |book| book.place.clone());
-        let blob = self.encode.bind(py).call1((place.state, cursor))?.extract()?;
+        let definition = self.definition.bind(py);
+        let blob = definition.call_method1(intern!(py, "encode_cursor"), (place.state, cursor))?.extract()?;
         self.write(py, RowKind::StepCursor, |row, book| {
             row.refers_to = book.cursors_from;
             row.payload = Some(blob);
@@ -376,7 +380,7 @@ impl Log {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.append)?;
         visit.call(self.fence.get())?;
-        visit.call(&self.encode)?;
+        visit.call(&self.definition)?;
         self.cursor.peek(|cursor| visit.call(cursor)).unwrap_or(Ok(()))?;
         self.unclosed.peek(|error| visit.call(error)).unwrap_or(Ok(()))?;
         visit.call(&self.snapshot)
@@ -406,8 +410,9 @@ impl Log {
             drop(self.take_cursor(py));
         }
         let kind = if is_exit { RowKind::Finished } else { RowKind::StateEntry };
-        self.write(py, kind, |row, _| {
+        self.write(py, kind, |row, book| {
             row.attempt = start;
+            row.is_intent = book.place.is_intent;
             row.snapshot = snapshot;
         })
     }
@@ -421,10 +426,13 @@ impl Log {
     /// Writes that a compensatable step is done, and where it leads.
     pub(super) fn completed<'py>(
         &self,
-        py: Python<'py>,
-        output: Vec<u8>,
+        output: &Bound<'py, PyAny>,
         next_state: String,
     ) -> PyResult<Bound<'py, PyAny>> {
+        let py = output.py();
+        let place = self.book.with(py, |book| book.place.clone());
+        let definition = self.definition.bind(py);
+        let output = definition.call_method1(intern!(py, "encode_output"), (place.state, output))?.extract()?;
         self.write(py, RowKind::CompensationCompletion, |row, _| {
             row.payload = Some(output);
             row.next_state = Some(next_state);

@@ -376,6 +376,9 @@ impl Run {
             drive.cursor = log.get().take_cursor(py);
         }
         let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout, data, log)?)?;
+        if let Some(resumed) = resumed {
+            drive.resume(py, &env, &resumed.get().found)?;
+        }
         let mut run = Self::with_drive(env, state, drive, None, None);
         run.track = GilCell::new(track);
         Ok(run)

@@ -544,6 +544,10 @@ impl State {
         self.task().is_some_and(|task| task.has_steps)
     }
 
+    pub(super) fn registers_before(&self) -> bool {
+        self.task().is_some_and(TaskSpec::registers_before)
+    }
+
     /// Whether entering the state is worth a row: a router only chooses, and chooses again.
     pub(super) fn has_row(&self) -> bool {
         !self.task().is_some_and(TaskSpec::is_router)
