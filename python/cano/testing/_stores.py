@@ -73,7 +73,7 @@ def checkpoint_store_suite() -> list[StoreCheck]:
 
         >>> async def main():
         ...     for check in checkpoint_store_suite():
-        ...         store = InMemoryCheckpointStore()
+        ...         store = cano.InMemoryCheckpointStore()
         ...         await check(store.another_owner)
         >>> asyncio.run(main())
     """
