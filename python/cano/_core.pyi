@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Final, TypeVar, final, overload
 from typing_extensions import disjoint_base
 
 from ._breaker import CircuitSnapshot, CircuitState
+from ._checkpoints import RowKind
 from ._config import Seconds
 from ._join import JoinConfig
 from ._resources import Resources
@@ -12,6 +13,7 @@ from ._resources import Resources
 __all__ = [
     "BranchOutcome",
     "Bulkhead",
+    "CheckpointRow",
     "CircuitBreaker",
     "CircuitPolicy",
     "ErrorContext",
@@ -704,6 +706,132 @@ class MemoryStore:
     def __len__(self) -> int: ...
     def __contains__(self, key: Hashable, /) -> bool: ...
     def __iter__(self) -> Iterator[Any]: ...
+
+@final
+class CheckpointRow:
+    """One row of a durable run's log.
+
+    Which fields a row has depends on its kind; "may" fields may be None.
+
+    ======================  ==========  =========  ======  ===========  ========  =========
+    kind                    next_state  refers_to  due_at  output_blob  snapshot  is_intent
+    ======================  ==========  =========  ======  ===========  ========  =========
+    StateEntry              -           -          -       -            may       may
+    CompensationCompletion  has         -          -       the output   may       -
+    StepCursor              may         may        -       the cursor   may       -
+    TimerDue                -           -          has     -            may       -
+    RollbackStarted         -           -          -       the error    may       -
+    Compensated             -           has        -       -            -         -
+    Finished                -           -          -       -            may       -
+    NeedsAttention          -           -          -       the reason   may       -
+    ======================  ==========  =========  ======  ===========  ========  =========
+
+    Args:
+        sequence: The row's number in the log, from 0 without gaps.
+        kind: What the row tells.
+        state: Label of the state that it is about; of the exit state where a run finished. At most 128 bytes.
+        task_id: Name of the state's task, at most 128 bytes; empty for a split and an exit state.
+        visit: Which entry of the run into this state it is, from 1.
+        attempt: Which attempt of the visit it is, from 1.
+        workflow_version: The workflow's version, 0 if it has none.
+        fingerprint: A digest of the workflow's name and definition, 64 bits.
+        run_id: 16 bytes that tell this run from another one under the same id.
+        recorded_at: When the row was made, in milliseconds since 1970.
+        next_state: Where the run goes from here, decided for good.
+        refers_to: Compensated: the row that was undone. Step cursor: the first row whose place it takes.
+        due_at: When the timer fires, in milliseconds since 1970.
+        is_intent: Whether the step is to be compensated from its entry on, without an output.
+        output_blob: An output, a cursor, an error or a reason, as the codec wrote it; empty bytes are there, None is not.
+        snapshot: The run's own data, as the codec wrote it.
+
+    Raises:
+        ConfigurationError: A value is of the wrong type or out of range, or no row of this kind has it, or must have it.
+
+    Example:
+        >>> CheckpointRow(0, RowKind.StateEntry, "CHARGE", task_id="charge")
+        <CheckpointRow 0: state entry of "CHARGE", task "charge", visit 1, attempt 1>
+    """
+
+    def __new__(
+        cls,
+        sequence: int,
+        kind: RowKind,
+        state: str,
+        *,
+        task_id: str = "",
+        visit: int = 1,
+        attempt: int = 1,
+        workflow_version: int = 0,
+        fingerprint: int = 0,
+        run_id: bytes = b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+        recorded_at: int = 0,
+        next_state: str | None = None,
+        refers_to: int | None = None,
+        due_at: int | None = None,
+        is_intent: bool = False,
+        output_blob: bytes | None = None,
+        snapshot: bytes | None = None,
+    ) -> CheckpointRow: ...
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def kind(self) -> RowKind: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def visit(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def workflow_version(self) -> int: ...
+    @property
+    def fingerprint(self) -> int: ...
+    @property
+    def run_id(self) -> bytes: ...
+    @property
+    def recorded_at(self) -> int: ...
+    @property
+    def next_state(self) -> str | None: ...
+    @property
+    def refers_to(self) -> int | None: ...
+    @property
+    def due_at(self) -> int | None: ...
+    @property
+    def is_intent(self) -> bool: ...
+    @property
+    def output_blob(self) -> bytes | None: ...
+    @property
+    def snapshot(self) -> bytes | None: ...
+    def encode(self, workflow_id: str) -> bytes:
+        """The bytes to store under the id of the run: with a format number, the length, and a checksum that covers the id.
+
+        Raises:
+            ConfigurationError: The id is not one.
+            RunTooLargeError: A blob has more than 64 MiB.
+        """
+
+    @staticmethod
+    def decode(workflow_id: str, sequence: int, data: bytes) -> CheckpointRow:
+        """The row that `encode` wrote for this place of this run.
+
+        Raises:
+            CorruptRowError: The bytes are not what was written, or belong to another place or run, or are of a later format.
+
+        Example:
+            >>> row = CheckpointRow(0, RowKind.Finished, "DONE")
+            >>> CheckpointRow.decode("order-1", 0, row.encode("order-1")) == row
+            True
+            >>> CheckpointRow.decode("order-2", 0, row.encode("order-1"))
+            Traceback (most recent call last):
+            cano.CorruptRowError: row 0 of run "order-2" is damaged at byte 75: ...
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[object, ...]: ...
 
 @final
 class RateLimiterPolicy:

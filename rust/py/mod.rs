@@ -12,6 +12,8 @@ mod asyncio;
 
 mod now;
 
+mod row;
+
 mod current;
 
 mod definition;
@@ -94,6 +96,8 @@ mod _core {
     use super::now::set_virtual_time;
     #[pymodule_export]
     use super::result::{BranchOutcome, SplitResult};
+    #[pymodule_export]
+    use super::row::PyRow;
     #[pymodule_export]
     use super::run::Run;
     #[pymodule_export]

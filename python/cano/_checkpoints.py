@@ -1,0 +1,51 @@
+"""What durable runs are made of in Python: the kinds of rows, and how far a run has come."""
+
+from enum import Enum
+
+
+class RowKind(Enum):
+    """What a row of a run's log tells; ``str()`` of a member is its value.
+
+    - ``StateEntry``: an attempt of a visit to a state begins.
+    - ``CompensationCompletion``: a compensatable step is done; its output, and where the run goes.
+    - ``StepCursor``: how far a stepped or stream task got; with a next state, that it ended.
+    - ``TimerDue``: when a timer fires.
+    - ``RollbackStarted``: from here on the run goes backwards.
+    - ``Compensated``: one step has been undone.
+    - ``Finished``: the run has reached an exit state, or has been rolled back.
+    - ``NeedsAttention``: the run cannot go on without a person.
+    """
+
+    StateEntry = "state entry"
+    CompensationCompletion = "compensation completion"
+    StepCursor = "step cursor"
+    TimerDue = "timer due"
+    RollbackStarted = "rollback started"
+    Compensated = "compensated"
+    Finished = "finished"
+    NeedsAttention = "needs attention"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class RunStatus(Enum):
+    """How far a durable run has come; ``str()`` of a member is its value.
+
+    - ``Running``: it goes forward, or would if its owner lived.
+    - ``RollingBack``: it goes backwards, or would.
+    - ``Stopped``: it has failed or was cancelled with nothing to undo, and can be resumed.
+    - ``Finished``: it has reached an exit state.
+    - ``RolledBack``: all that it did has been undone.
+    - ``NeedsAttention``: it cannot go on without a person.
+    """
+
+    Running = "running"
+    RollingBack = "rolling back"
+    Stopped = "stopped"
+    Finished = "finished"
+    RolledBack = "rolled back"
+    NeedsAttention = "needs attention"
+
+    def __str__(self) -> str:
+        return self.value
