@@ -1,5 +1,6 @@
 """What durable runs are made of in Python: the kinds of rows, and how far a run has come."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -49,3 +50,32 @@ class RunStatus(Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A durable run as `list_runs` shows it.
+
+    Attributes:
+        id: The id under which its rows are kept.
+        workflow: The workflow's name; empty if the run was begun without a claim.
+        version: The workflow's version as of the last row, 0 if it has none.
+        status: How far it has come.
+        state: Label of the state of the last row; empty before the first.
+        owner: Who has claimed it, or None. A claim whose lease has run out is shown as long as nobody else claims the run.
+        created_at: When it began, in milliseconds since 1970.
+        updated_at: When the last row was made, or when it was last claimed or given up, in milliseconds since 1970.
+        rows: How many rows are kept.
+        bytes: How many bytes these are.
+    """
+
+    id: str
+    workflow: str
+    version: int
+    status: RunStatus
+    state: str
+    owner: str | None
+    created_at: int
+    updated_at: int
+    rows: int
+    bytes: int

@@ -13,6 +13,8 @@ Two rules keep what is written right while others write:
   of waiting can form between a claim and an append of many runs.
 """
 
+# ruff: noqa: S608 - nothing of a user's goes into these texts but the name of the schema, which is checked and quoted
+
 VERSION = 1
 """Of the tables that this module reads and writes."""
 
@@ -33,7 +35,7 @@ CREATE TABLE {schema}.runs (
     status text NOT NULL,
     owner text, -- null: nobody
     fence bigint NOT NULL,
-    ticket uuid, -- of the claim, so that a claim whose answer was lost is known again
+    ticket bytea, -- of the claim, so that a claim whose answer was lost is known again
     workflow text NOT NULL,
     version bigint NOT NULL,
     state text NOT NULL, -- of the last row
@@ -56,7 +58,7 @@ CREATE TABLE {schema}.rows (
     attempt bigint NOT NULL,
     next_state text,
     refers_to bigint,
-    run_id uuid NOT NULL,
+    run_id bytea NOT NULL,
     recorded_at timestamptz NOT NULL,
     row bytea NOT NULL,
     PRIMARY KEY (run, sequence)
@@ -87,7 +89,7 @@ CREATE_VERSIONS = """
 CREATE TABLE IF NOT EXISTS {schema}.versions (version int PRIMARY KEY, migrated_at timestamptz NOT NULL DEFAULT now())
 """
 ADD_VERSION = "INSERT INTO {schema}.versions VALUES ($1)"
-LOCK_MIGRATIONS = "SELECT pg_advisory_xact_lock(hashtextextended('cano ' || $1, 0))"
+LOCK_MIGRATIONS = "SELECT pg_advisory_xact_lock($1)"
 
 BEAT = """
 INSERT INTO {schema}.owners AS o (owner, lease_until) VALUES ($1, now() + $2::interval)
@@ -106,7 +108,7 @@ START = """
 INSERT INTO {schema}.runs
     (workflow_id, status, owner, fence, ticket, workflow, version, state, next_sequence, kept_rows, kept_bytes)
 SELECT workflow_id, 'running', $1, nextval('{schema}.fences'), ticket, workflow, version, '', 0, 0, 0
-FROM unnest($2::text[], $3::uuid[], $4::text[], $5::bigint[]) AS e (workflow_id, ticket, workflow, version)
+FROM unnest($2::text[], $3::bytea[], $4::text[], $5::bigint[]) AS e (workflow_id, ticket, workflow, version)
 ORDER BY workflow_id -- two statements that start the same runs wait for each other in one order
 ON CONFLICT (workflow_id) DO NOTHING
 RETURNING workflow_id, fence
@@ -114,7 +116,7 @@ RETURNING workflow_id, fence
 
 CLAIM = """
 WITH e AS MATERIALIZED (
-    SELECT * FROM unnest($2::text[], $3::uuid[]) AS e (workflow_id, ticket)
+    SELECT * FROM unnest($2::text[], $3::bytea[]) AS e (workflow_id, ticket)
 ), found AS MATERIALIZED (
     SELECT r.run, e.ticket
     FROM e JOIN {schema}.runs AS r USING (workflow_id) LEFT JOIN {schema}.owners AS o ON o.owner = r.owner
@@ -135,7 +137,7 @@ WITH e AS MATERIALIZED (
         to_timestamp(recorded_at / 1000.0) AS moment
     FROM unnest(
         $1::text[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bigint[],
-        $10::bigint[], $11::text[], $12::bigint[], $13::uuid[], $14::bigint[], $15::bigint[], $16::bytea[]
+        $10::bigint[], $11::text[], $12::bigint[], $13::bytea[], $14::bigint[], $15::bigint[], $16::bytea[]
     ) WITH ORDINALITY AS e (
         workflow_id, fence, sequence, if_running, if_rolling_back, kind, state, task, visit,
         attempt, next_state, refers_to, run_id, recorded_at, version, row, place
@@ -244,8 +246,9 @@ CLEAR_ROWS = "DELETE FROM {schema}.rows WHERE run = ANY ($1::bigint[])"
 """After `CLEAR` and in its transaction: now nobody adds a row any more, and those added before can be seen."""
 
 STANDINGS = """
-SELECT e.place, r.status, r.owner, (extract(epoch FROM o.lease_until) * 1000)::bigint AS until, r.fence, r.ticket,
-    r.next_sequence, r.kept_rows, r.kept_bytes, x.row, (extract(epoch FROM now()) * 1000)::bigint AS now
+SELECT e.place, r.workflow_id, r.status, r.owner, r.fence, r.ticket, r.next_sequence, r.kept_rows, r.kept_bytes,
+    (extract(epoch FROM o.lease_until) * 1000)::bigint AS until, x.row,
+    (extract(epoch FROM now()) * 1000)::bigint AS now
 FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS e (workflow_id, sequence, place)
     JOIN {schema}.runs AS r USING (workflow_id)
     LEFT JOIN {schema}.owners AS o ON o.owner = r.owner

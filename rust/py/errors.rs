@@ -24,6 +24,9 @@ mod python {
     pyo3::import_exception!(cano._errors, RateLimitedError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
+    pyo3::import_exception!(cano._errors, RunClaimedError);
+    pyo3::import_exception!(cano._errors, RunConflictError);
+    pyo3::import_exception!(cano._errors, RunNotFoundError);
     pyo3::import_exception!(cano._errors, RunTooLargeError);
     pyo3::import_exception!(cano._errors, StoreTypeError);
     pyo3::import_exception!(cano._errors, TaskExecutionError);

@@ -14,6 +14,8 @@ mod now;
 
 mod row;
 
+mod standing;
+
 mod current;
 
 mod definition;
@@ -102,6 +104,10 @@ mod _core {
     use super::run::Run;
     #[pymodule_export]
     use super::split::Split;
+    #[pymodule_export]
+    use super::standing::{
+        PyStanding, check_fence, check_workflow_id, decode_log, encode_within_limits, limits_of_runs, rules_of_claims,
+    };
     #[pymodule_export]
     use super::table::{Factory, Table};
     #[pymodule_export]
