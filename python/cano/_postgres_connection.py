@@ -98,7 +98,8 @@ class Connection:
         async with asyncio.timeout(limit):
             prepared = self._prepared.get(name)
             if prepared is None:
-                prepared = self._prepared[name] = await self._connection.prepare(self._written(getattr(sql, name)))
+                statement = self._written(getattr(sql, name))
+                prepared = self._prepared[name] = await self._connection.prepare(statement, name=f"cano_{name.lower()}")
             found: list[Any] = await prepared.fetch(*arguments)
             return found
 

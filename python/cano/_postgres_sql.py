@@ -74,6 +74,7 @@ ORDER BY r.run, x.sequence;
 
 SETTINGS = """
 SET jit = off;
+SET plan_cache_mode = force_generic_plan; -- planning would take longer than doing
 SET enable_hashjoin = off; -- everything is looked up by its key, also while the planner still takes the tables for small
 SET enable_mergejoin = off;
 SET enable_seqscan = off;
