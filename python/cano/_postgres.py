@@ -47,7 +47,7 @@ _MOST_BYTES = 16 << 20
 """Of the rows of one statement."""
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 1.0
-"""Seconds before a lost connection is opened again."""
+"""Seconds before a lost connection is opened again; never more than an eighth of the lease."""
 
 _PAUSE = 0.005
 """Seconds before something is done again that was in somebody's way."""
@@ -631,7 +631,7 @@ class PostgresCheckpointStore:
             except Exception as again:  # noqa: BLE001 - whatever it is, it may pass
                 error = again
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come back at once
-            delay = min(2 * delay, _LONGEST_DELAY)
+            delay = min(2 * delay, _LONGEST_DELAY, self._lease / 8)
 
     def _expire(self, error: Exception) -> None:
         """Tell those who have waited long enough for a database that is away."""
@@ -818,7 +818,7 @@ class PostgresCheckpointStore:
                     if not is_lost or loop.time() >= deadline:
                         raise failed(error) from error
                 await asyncio.sleep(delay)
-                delay = min(2 * delay, _LONGEST_DELAY)
+                delay = min(2 * delay, _LONGEST_DELAY, self._lease / 8)
 
 
 def _standing(found: Any) -> Standing:
