@@ -16,8 +16,10 @@ from cano import (
     AttemptTimeoutError,
     BranchOutcome,
     CanoError,
+    CheckpointError,
     CircuitOpenError,
     ConfigurationError,
+    CorruptRowError,
     DuplicateResourceError,
     ErrorContext,
     InvalidTransitionError,
@@ -26,6 +28,7 @@ from cano import (
     JoinStrategy,
     JoinTimeoutError,
     KeyNotFoundError,
+    NeedsAttentionError,
     NonRetryable,
     RateLimitedError,
     Resource,
@@ -34,8 +37,15 @@ from cano import (
     ResourceTypeError,
     RetryAfter,
     RetryExhaustedError,
+    RunClaimedError,
+    RunConflictError,
+    RunNotFoundError,
+    RunStatus,
+    RunTooLargeError,
     SplitResult,
     StoreError,
+    StoreFailedError,
+    StoreOpenError,
     StoreTypeError,
     TaskConfig,
     TaskExecutionError,
@@ -46,6 +56,7 @@ from cano import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTimeoutError,
+    WorkflowVersionError,
     _errors,
     in_thread,
     testing,
@@ -129,6 +140,16 @@ TREE = [
     (ResourceNotFoundError, (ResourceError, KeyError), "resource"),
     (ResourceTypeError, (ResourceError, TypeError), "resource"),
     (DuplicateResourceError, (ResourceError,), "resource"),
+    (CheckpointError, (CanoError,), "checkpoint"),
+    (RunNotFoundError, (CheckpointError, LookupError), "checkpoint"),
+    (RunConflictError, (CheckpointError,), "checkpoint"),
+    (RunClaimedError, (CheckpointError,), "checkpoint"),
+    (RunTooLargeError, (CheckpointError,), "checkpoint"),
+    (CorruptRowError, (CheckpointError,), "checkpoint"),
+    (WorkflowVersionError, (CheckpointError,), "checkpoint"),
+    (NeedsAttentionError, (CheckpointError,), "checkpoint"),
+    (StoreFailedError, (CheckpointError,), "checkpoint"),
+    (StoreOpenError, (CheckpointError,), "checkpoint"),
 ]
 PUBLIC_ERRORS = [kind for kind, _, _ in TREE]
 GROUPS = (JoinError, JoinTimeoutError)
@@ -176,6 +197,14 @@ def test_outside_a_run(kind):
 
     assert (error.state, error.task, error.attempt, error.path, error.workflow_id) == (None,) * 5
     assert error.__cano__ is None
+
+
+def test_checkpoint_error_knows_its_run():
+    """An error about a stored run has the run's id, also where no run has seen it; the context's id else."""
+    error, other = CheckpointError("no", "order-1"), CheckpointError("no")
+    other.__cano__ = CONTEXT
+
+    assert (error.workflow_id, other.workflow_id) == ("order-1", CONTEXT.workflow_id)
 
 
 def test_the_two_timeouts_are_apart():
@@ -830,6 +859,14 @@ def made(kind, message):
         AttemptTimeoutError: (1.5,),
         CircuitOpenError: ("payments", 12.5),
         RateLimitedError: ("calls", 0.1),
+        CheckpointError: ("order-1", 3),
+        RunNotFoundError: ("order-1",),
+        RunConflictError: ("order-1", 3, RunStatus.Stopped, True),
+        RunClaimedError: ("order-1", None, "worker-2", 1_764_000_000_000),
+        CorruptRowError: ("order-1", 3),
+        WorkflowVersionError: ("order-1", 1, 2),
+        StoreFailedError: (None, None, "disk-full"),
+        StoreOpenError: ("symlink",),
     }
     return kind(message, *facts.get(kind, ()))
 

@@ -319,6 +319,21 @@ async def test_a_cancelled_caller_does_not_disturb_the_others(store):
 
 
 @pytest.mark.parametrize("turns", range(6))
+async def test_a_start_that_nobody_waits_for_is_forgotten(store, other, turns):
+    """A start whose caller is cancelled at any moment leaves no run behind."""
+    task = asyncio.get_running_loop().create_task(store.start_run("run", workflow="test", version=1))
+    for _ in range(turns):
+        await asyncio.sleep(0.0005)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await store.clear("run", fence=await task)
+
+    async with asyncio.timeout(LEASE / 2):
+        while await other.list_runs():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("turns", range(6))
 async def test_a_claim_that_nobody_waits_for_is_given_up(store, other, turns):
     """A claim whose caller is cancelled at any moment leaves the run free for others."""
     fence = await begun(store, "run")

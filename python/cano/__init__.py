@@ -6,7 +6,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
-from ._checkpoints import RowKind, RunStatus
+from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -15,6 +15,7 @@ from ._core import (
     CircuitBreaker,
     CircuitPolicy,
     ErrorContext,
+    InMemoryCheckpointStore,
     JoinStrategy,
     LimiterSnapshot,
     MemoryStore,
@@ -25,6 +26,7 @@ from ._core import (
     RetryMode,
     RunContext,
     SplitResult,
+    SqliteCheckpointStore,
     StreamWindow,
     WindowedRateLimiter,
     WindowPolicy,
@@ -100,6 +102,7 @@ __all__ = [
     "Caught",
     "CheckpointError",
     "CheckpointRow",
+    "CheckpointStore",
     "CircuitBreaker",
     "CircuitOpenError",
     "CircuitPolicy",
@@ -113,6 +116,7 @@ __all__ = [
     "ErrorContext",
     "FromResources",
     "HealthStatus",
+    "InMemoryCheckpointStore",
     "InvalidTransitionError",
     "ItemErrorPolicy",
     "JoinConfig",
@@ -151,9 +155,11 @@ __all__ = [
     "RunContext",
     "RunNotFoundError",
     "RunStatus",
+    "RunSummary",
     "RunTooLargeError",
     "Seconds",
     "SplitResult",
+    "SqliteCheckpointStore",
     "SteppedTask",
     "Stop",
     "StoreError",

@@ -1,7 +1,11 @@
-"""What durable runs are made of in Python: the kinds of rows, and how far a run has come."""
+"""What durable runs are made of in Python: kinds of rows, how far a run has come, and what a store must do."""
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ._core import CheckpointRow
 
 
 class RowKind(Enum):
@@ -79,3 +83,36 @@ class RunSummary:
     updated_at: int
     rows: int
     bytes: int
+
+
+class CheckpointStore(Protocol):
+    """Where durable runs keep their rows; these three methods are enough for a store of your own.
+
+    Each returns an awaitable. What `append` has answered must outlive whatever the store promises to outlive. The engine never
+    has two appends of one run under way, and never cancels one: it waits for the answer, then honours the cancel.
+
+    A store that has ``start_run``, too, coordinates owners, so that several processes may share it, and has all of these::
+
+        start_run(workflow_id, *, workflow, version) -> int     claim an id that is not there; the int is the fence
+        claim(workflow_id) -> int                               claim a run that is there
+        append(workflow_id, row, *, fence=None)                 refused when the fence is out of date
+        clear(workflow_id, *, fence=None)
+        release(workflow_id, fence, *, stopped=False)           give a claim up; stopped: resumed by those who ask only
+        list_runs(*, status=None, older_than=None, limit=1000) -> list[RunSummary]
+        aclose(), and ``async with store``
+
+    `cano.testing.checkpoint_store_suite` checks a store against all this.
+    """
+
+    async def append(self, workflow_id: str, row: "CheckpointRow") -> None:
+        """Keep a row.
+
+        Raises:
+            RunConflictError: The run has a row of this sequence, which stays as it is.
+        """
+
+    async def load_run(self, workflow_id: str) -> "list[CheckpointRow]":
+        """The rows of a run in ascending order; empty if there are none."""
+
+    async def clear(self, workflow_id: str) -> None:
+        """Forget all rows of a run; fine if there are none."""

@@ -1,11 +1,12 @@
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar, final, overload
 
 from typing_extensions import disjoint_base
 
 from ._breaker import CircuitSnapshot, CircuitState
-from ._checkpoints import RowKind
+from ._checkpoints import RowKind, RunStatus, RunSummary
 from ._config import Seconds
 from ._join import JoinConfig
 from ._resources import Resources
@@ -19,6 +20,7 @@ __all__ = [
     "ErrorContext",
     "Factory",
     "Filling",
+    "InMemoryCheckpointStore",
     "JoinStrategy",
     "Limiter",
     "LimiterSnapshot",
@@ -34,6 +36,7 @@ __all__ = [
     "RunContext",
     "Split",
     "SplitResult",
+    "SqliteCheckpointStore",
     "StreamWindow",
     "Table",
     "TaskSpec",
@@ -825,13 +828,365 @@ class CheckpointRow:
             True
             >>> CheckpointRow.decode("order-2", 0, row.encode("order-1"))
             Traceback (most recent call last):
-            cano.CorruptRowError: row 0 of run "order-2" is damaged at byte 75: ...
+            cano.CorruptRowError: row 0 of run "order-2" is damaged at byte 70: ...
         """
 
     def __eq__(self, other: object, /) -> bool: ...
     def __ne__(self, other: object, /) -> bool: ...
     def __hash__(self, /) -> int: ...
     def __getnewargs_ex__(self) -> tuple[object, ...]: ...
+
+@final
+class InMemoryCheckpointStore:
+    """Keeps the logs of durable runs as long as the process lives; for tests, and for runs that need not outlive it.
+
+    Everything that a durable store promises but durability: rows are checked alike, runs have one owner, and whoever has lost
+    one changes nothing. Safe from several loops and threads. Its claims last until they are given up, or the store is closed
+    or gone.
+
+    Args:
+        max_blob: Bytes of one output, cursor or snapshot, 1 to 64 MiB.
+        max_rows: Rows that a run keeps, 1 to 1,000,000,000.
+        max_bytes: Bytes of a run's rows, 1 to 1 TiB.
+
+    Raises:
+        ConfigurationError: A limit is out of range or of the wrong type.
+
+    Example:
+        >>> async def main():
+        ...     async with InMemoryCheckpointStore() as store:
+        ...         fence = await store.start_run("order-1", workflow="order", version=1)
+        ...         row = CheckpointRow(0, RowKind.StateEntry, "CHARGE", task_id="charge")
+        ...         await store.append("order-1", row, fence=fence)
+        ...         return await store.load_run("order-1")
+        >>> asyncio.run(main())
+        [<CheckpointRow 0: state entry of "CHARGE", task "charge", visit 1, attempt 1>]
+    """
+
+    def __new__(
+        cls, *, max_blob: int = 2097152, max_rows: int = 50000, max_bytes: int = 52428800
+    ) -> InMemoryCheckpointStore: ...
+    @property
+    def owner(self) -> str:
+        """Who claims what is claimed through this store."""
+
+    def another_owner(self) -> InMemoryCheckpointStore:
+        """A store with the same runs and limits, as another process would have it: with an owner of its own.
+
+        Example:
+            >>> async def main():
+            ...     store = InMemoryCheckpointStore()
+            ...     await store.start_run("order-1", workflow="order", version=1)
+            ...     other = store.another_owner()
+            ...     try:
+            ...         await other.claim("order-1")
+            ...     except RunClaimedError:
+            ...         store.close()  # its owner is gone
+            ...     return await other.claim("order-1")
+            >>> asyncio.run(main())
+            2
+        """
+
+    def start_run(self, workflow_id: str, *, workflow: str, version: int) -> Awaitable[int]:
+        """Claim an id that has no run yet.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is forgotten again.
+
+        Args:
+            workflow_id: The run's id: 1 to 256 bytes, not blank, no control characters.
+            workflow: The workflow's name, 1 to 128 bytes.
+            version: The workflow's version, 0 if it has none.
+
+        Returns:
+            The fence, to be shown with each row.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            RunClaimedError: There is such a run, and it is somebody's.
+            RunConflictError: There is such a run, and it is nobody's: resume or discard it.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def claim(self, workflow_id: str) -> Awaitable[int]:
+        """Claim a run that is there and nobody's, or whose owner's lease has run out.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is given up again.
+
+        Returns:
+            The fence; those of earlier claims are out of date.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: It is somebody's.
+            RunConflictError: It is over.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def append(self, workflow_id: str, row: CheckpointRow, *, fence: int | None = None) -> Awaitable[None]:
+        """Add the next row of a run. A row that ends the run gives up its claim.
+
+        Cancellation: what is under way is done nevertheless.
+
+        Args:
+            workflow_id: The run's id.
+            row: The row; its sequence is the one that follows.
+            fence: What the run was claimed under; None for a run that is nobody's, which begins with its row 0.
+
+        Raises:
+            RunNotFoundError: There is no run that could have been claimed.
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            RunConflictError: There is a row of this sequence, or this one cannot follow yet, or not after the last one.
+            RunTooLargeError: It is more than the limits allow.
+            StoreFailedError: The store is closed, or its disk failed: then nothing was written, or `is_same` of a
+                `RunConflictError` tells whoever tries again that it was.
+        """
+
+    def load_run(self, workflow_id: str) -> Awaitable[list[CheckpointRow]]:
+        """The rows of a run in ascending order; none if there is no such run.
+
+        Cursors whose place a later one has taken are left out.
+
+        Raises:
+            CorruptRowError: A row is damaged or missing.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def clear(self, workflow_id: str, *, fence: int | None = None) -> Awaitable[None]:
+        """Forget a run and its rows; fine if there is none.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What the run was last claimed under; None for a run that is nobody's.
+
+        Raises:
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def release(self, workflow_id: str, fence: int, *, stopped: bool = False) -> Awaitable[None]:
+        """Give up a claim.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What it was claimed under.
+            stopped: Whether the run has failed and is resumed only by those who ask for it; else anybody who looks for runs
+                to resume may have it at once.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: The run is somebody else's by now, or nobody's.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def list_runs(
+        self,
+        *,
+        status: RunStatus | Iterable[RunStatus] | None = None,
+        older_than: Seconds | None = None,
+        limit: int = 1000,
+    ) -> Awaitable[list[RunSummary]]:
+        """The runs that are there, the longest untouched first.
+
+        Args:
+            status: Only runs that have come so far; None for all.
+            older_than: Only runs whose last row, claim or release is longer ago than these seconds; None for all.
+            limit: How many at most, 1 to 1,000,000.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def close(self) -> None:
+        """Give up all claims; every later call raises `StoreFailedError`. Closing again does nothing."""
+
+    def aclose(self) -> Awaitable[None]:
+        """Do what `close` does."""
+
+    def __aenter__(self) -> Awaitable[InMemoryCheckpointStore]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Awaitable[None]: ...
+
+@final
+class SqliteCheckpointStore:
+    """Keeps the logs of durable runs in an SQLite file.
+
+    What was answered is on the disk, and outlives the process and, as far as the disk honours a sync, the machine. One thread
+    writes: all that waits when it is free shares one transaction and one sync, so that a thousand runs in flight cost little
+    more than one. Nothing blocks the loop. Safe from several loops and threads.
+
+    Several processes of one machine may share the file. A run belongs to one of them at a time: its claim lasts as long as the
+    store that made it is open and alive. Whoever opens the file while nobody else has it open takes back the claims of the
+    dead at once; else they last until the lease runs out. A store that is not closed is closed when its object goes or the
+    interpreter ends.
+
+    Args:
+        path: The file; made with mode 0600 if it is not there. Its directory must exist. Not on a network disk.
+        lease: Seconds for which a claim outlives an owner that died, 0.1 to one day; it is renewed three times in that time.
+        max_blob: Bytes of one output, cursor or snapshot, 1 to 64 MiB.
+        max_rows: Rows that a run keeps, 1 to 1,000,000,000.
+        max_bytes: Bytes of a run's rows, 1 to 1 TiB.
+        allow_insecure_path: Accept a file of another user, and one, or a directory, that others may write to.
+
+    Raises:
+        ConfigurationError: An argument is out of range or of the wrong type.
+        StoreOpenError: The file cannot be opened, or is none of ours.
+
+    Example:
+        >>> async def main():
+        ...     async with SqliteCheckpointStore("runs.db") as store:
+        ...         fence = await store.start_run("order-1", workflow="order", version=1)
+        ...         row = CheckpointRow(0, RowKind.Finished, "DONE")
+        ...         await store.append("order-1", row, fence=fence)
+        ...     async with SqliteCheckpointStore("runs.db") as store:
+        ...         return await store.load_run("order-1")
+        >>> asyncio.run(main())
+        [<CheckpointRow 0: finished of "DONE", visit 1, attempt 1>]
+    """
+
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        *,
+        lease: Seconds = 15.0,
+        max_blob: int = 2097152,
+        max_rows: int = 50000,
+        max_bytes: int = 52428800,
+        allow_insecure_path: bool = False,
+    ) -> SqliteCheckpointStore: ...
+    @property
+    def path(self) -> str:
+        """The path as it was given."""
+
+    @property
+    def owner(self) -> str:
+        """Who claims what is claimed through this store: the process's number and a random one."""
+
+    def start_run(self, workflow_id: str, *, workflow: str, version: int) -> Awaitable[int]:
+        """Claim an id that has no run yet.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is forgotten again.
+
+        Args:
+            workflow_id: The run's id: 1 to 256 bytes, not blank, no control characters.
+            workflow: The workflow's name, 1 to 128 bytes.
+            version: The workflow's version, 0 if it has none.
+
+        Returns:
+            The fence, to be shown with each row.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            RunClaimedError: There is such a run, and it is somebody's.
+            RunConflictError: There is such a run, and it is nobody's: resume or discard it.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def claim(self, workflow_id: str) -> Awaitable[int]:
+        """Claim a run that is there and nobody's, or whose owner's lease has run out.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is given up again.
+
+        Returns:
+            The fence; those of earlier claims are out of date.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: It is somebody's.
+            RunConflictError: It is over.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def append(self, workflow_id: str, row: CheckpointRow, *, fence: int | None = None) -> Awaitable[None]:
+        """Add the next row of a run. A row that ends the run gives up its claim.
+
+        Cancellation: what is under way is done nevertheless.
+
+        Args:
+            workflow_id: The run's id.
+            row: The row; its sequence is the one that follows.
+            fence: What the run was claimed under; None for a run that is nobody's, which begins with its row 0.
+
+        Raises:
+            RunNotFoundError: There is no run that could have been claimed.
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            RunConflictError: There is a row of this sequence, or this one cannot follow yet, or not after the last one.
+            RunTooLargeError: It is more than the limits allow.
+            StoreFailedError: The store is closed, or its disk failed: then nothing was written, or `is_same` of a
+                `RunConflictError` tells whoever tries again that it was.
+        """
+
+    def load_run(self, workflow_id: str) -> Awaitable[list[CheckpointRow]]:
+        """The rows of a run in ascending order; none if there is no such run.
+
+        Cursors whose place a later one has taken are left out.
+
+        Raises:
+            CorruptRowError: A row is damaged or missing.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def clear(self, workflow_id: str, *, fence: int | None = None) -> Awaitable[None]:
+        """Forget a run and its rows; fine if there is none.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What the run was last claimed under; None for a run that is nobody's.
+
+        Raises:
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def release(self, workflow_id: str, fence: int, *, stopped: bool = False) -> Awaitable[None]:
+        """Give up a claim.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What it was claimed under.
+            stopped: Whether the run has failed and is resumed only by those who ask for it; else anybody who looks for runs
+                to resume may have it at once.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: The run is somebody else's by now, or nobody's.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def list_runs(
+        self,
+        *,
+        status: RunStatus | Iterable[RunStatus] | None = None,
+        older_than: Seconds | None = None,
+        limit: int = 1000,
+    ) -> Awaitable[list[RunSummary]]:
+        """The runs that are there, the longest untouched first.
+
+        Args:
+            status: Only runs that have come so far; None for all.
+            older_than: Only runs whose last row, claim or release is longer ago than these seconds; None for all.
+            limit: How many at most, 1 to 1,000,000.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def close(self) -> None:
+        """Write what is under way, give up all claims, and let go of the file.
+
+        It blocks until that is done, which may be a while on a slow disk; in a coroutine, await `aclose`. Every later call
+        raises `StoreFailedError`; closing again does nothing.
+        """
+
+    def aclose(self) -> Awaitable[None]:
+        """Do what `close` does, in a thread of the loop's executor."""
+
+    def __aenter__(self) -> Awaitable[SqliteCheckpointStore]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Awaitable[None]: ...
 
 @final
 class RateLimiterPolicy:

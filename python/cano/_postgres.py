@@ -31,6 +31,7 @@ from ._checkpoints import RowKind, RunStatus, RunSummary
 from ._config import Seconds
 from ._core import CheckpointRow, Standing
 from ._errors import (
+    LABEL_LIMIT,
     CheckpointError,
     ConfigurationError,
     RunClaimedError,
@@ -38,6 +39,7 @@ from ._errors import (
     RunNotFoundError,
     StoreFailedError,
     StoreOpenError,
+    check_text,
     show,
 )
 from ._postgres_connection import Connection, check_schema, failed, text_of, verdict, without_password
@@ -153,7 +155,7 @@ class _Start(_Claim):
         self.version = version
 
     def columns(self) -> tuple[object, ...]:
-        return self.workflow_id, self.ticket, _readable(self.workflow), self.version
+        return self.workflow_id, self.ticket, self.workflow, self.version
 
     def left_out(self, standing: Standing | None, found: Any) -> object:
         if standing is None:  # it was there, and has been cleared
@@ -337,6 +339,14 @@ class PostgresCheckpointStore:
     def __repr__(self) -> str:
         return f"<PostgresCheckpointStore {without_password(self._dsn)!r}, schema {self._schema!r}>"
 
+    @property
+    def owner(self) -> str:
+        """Who claims what is claimed through this store: the machine, the process, and a number that nobody else has.
+
+        It changes when a lease was lost with the database.
+        """
+        return self._owner
+
     async def __aenter__(self) -> Self:
         """Connect, and make the tables if they are not there.
 
@@ -367,10 +377,11 @@ class PostgresCheckpointStore:
             RunConflictError: The run is there: resume or discard it.
             StoreFailedError: The database failed, or could not be reached.
 
-        Cancellation: the run is given up if it was claimed; it has no rows then.
+        Cancellation: what was claimed is forgotten again.
         """
         if not isinstance(workflow, str):
             raise ConfigurationError(f"workflow must be a text, got {show(workflow)}")
+        check_text("workflow", workflow, LABEL_LIMIT)
         if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 1 << 32:
             raise ConfigurationError(f"version must be an int from 0 to {(1 << 32) - 1}, got {show(version)}")
         return await self._claimed(_Start(*self._about(workflow_id), workflow, version))
@@ -387,7 +398,7 @@ class PostgresCheckpointStore:
             RunConflictError: It is over.
             StoreFailedError: The database failed, or could not be reached.
 
-        Cancellation: the run is given up if it was claimed.
+        Cancellation: what was claimed is given up again.
         """
         return await self._claimed(_Claim(*self._about(workflow_id)))
 
@@ -537,16 +548,18 @@ class PostgresCheckpointStore:
             fence: int = await done
         except asyncio.CancelledError:
             if done.done() and not done.cancelled() and done.exception() is None:
-                self._give_up(operation.workflow_id, done.result())
+                self._give_up(operation, done.result())
             raise
         return fence
 
-    def _give_up(self, workflow_id: str, fence: int) -> None:
-        """Release a run that nobody waits for any more."""
-        done = asyncio.get_running_loop().create_future()
+    def _give_up(self, operation: _Claim, fence: int) -> None:
+        """Undo a claim that nobody waits for any more."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
         done.add_done_callback(lambda done: done.exception())  # who took it over in the meantime is welcome to it
-        deadline = asyncio.get_running_loop().time() + self._lease
-        self._waiting.append(_Release(workflow_id, done, deadline, fence, stopped=False))
+        about = operation.workflow_id, done, loop.time() + self._lease
+        is_new = isinstance(operation, _Start)
+        self._waiting.append(_Clear(*about, fence) if is_new else _Release(*about, fence, stopped=False))
         self._wake.set()
 
     def _take(self) -> list[_Operation]:
@@ -790,7 +803,7 @@ class PostgresCheckpointStore:
             fence = int(str(answer))
             self._newest_fence = max(self._newest_fence, fence)
             if operation.done.cancelled():
-                self._give_up(operation.workflow_id, fence)
+                self._give_up(operation, fence)
         operation.answer(answer)
 
     # --- reading ---

@@ -234,6 +234,11 @@ impl Row {
         }
     }
 
+    /// Whether the row is a cursor that takes the place of another one.
+    pub fn replaces(&self) -> bool {
+        self.kind == RowKind::StepCursor && self.refers_to.is_some()
+    }
+
     /// Whether the row is a cursor that takes the place of the one directly before it.
     pub fn takes_place_of(&self, previous: &Self) -> bool {
         (self.kind, previous.kind) == (RowKind::StepCursor, RowKind::StepCursor)

@@ -31,5 +31,7 @@ pub mod format;
 
 pub mod claim;
 
+pub mod ledger;
+
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,7 @@
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyBytes, PyDelta, PyFloat, PyInt, PyString};
+use pyo3::types::{PyBool, PyBoolMethods, PyBytes, PyDelta, PyFloat, PyInt, PyString};
 
 use crate::core::time::Nanos;
 
@@ -70,7 +70,7 @@ pub(super) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
 
 /// True or False.
 pub(super) fn flag(name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    value.cast::<PyBool>().map(|flag| flag.is_true()).map_err(|_| refused(name, "a bool", value))
+    value.cast::<PyBool>().map(PyBoolMethods::is_true).map_err(|_| refused(name, "a bool", value))
 }
 
 /// A printable text of 1 to `limit` bytes.

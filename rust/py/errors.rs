@@ -28,6 +28,8 @@ mod python {
     pyo3::import_exception!(cano._errors, RunConflictError);
     pyo3::import_exception!(cano._errors, RunNotFoundError);
     pyo3::import_exception!(cano._errors, RunTooLargeError);
+    pyo3::import_exception!(cano._errors, StoreFailedError);
+    pyo3::import_exception!(cano._errors, StoreOpenError);
     pyo3::import_exception!(cano._errors, StoreTypeError);
     pyo3::import_exception!(cano._errors, TaskExecutionError);
     pyo3::import_exception!(cano._errors, UnknownStateError);

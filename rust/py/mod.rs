@@ -14,6 +14,14 @@ mod now;
 
 mod row;
 
+mod checkpoint_store;
+
+mod delivery;
+
+mod sqlite_store;
+
+mod memory_checkpoints;
+
 mod standing;
 
 mod current;
@@ -95,6 +103,8 @@ mod _core {
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]
+    use super::memory_checkpoints::PyMemoryCheckpoints;
+    #[pymodule_export]
     use super::now::set_virtual_time;
     #[pymodule_export]
     use super::result::{BranchOutcome, SplitResult};
@@ -104,6 +114,8 @@ mod _core {
     use super::run::Run;
     #[pymodule_export]
     use super::split::Split;
+    #[pymodule_export]
+    use super::sqlite_store::PySqliteStore;
     #[pymodule_export]
     use super::standing::{
         PyStanding, check_fence, check_workflow_id, decode_log, encode_within_limits, limits_of_runs, rules_of_claims,

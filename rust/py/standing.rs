@@ -5,9 +5,10 @@ use pyo3::types::PyBytes;
 
 use crate::core::checkpoint::{Limits, Problem, Row, RowError, RowKind, WorkflowId, check_log as check};
 use crate::core::claim::{Fence, Lease, Refusal, RunStatus, Standing, Usage};
+use crate::store::error::StoreError;
 
-use super::convert::natural;
-use super::errors::{CheckpointError, RunClaimedError, RunConflictError, RunNotFoundError, RunTooLargeError};
+use super::checkpoint_store::{fence_of, store_error};
+use super::errors::CheckpointError;
 use super::row::{PyRow, id_of};
 
 /// What a store knows of a run besides its rows. Each method raises what is in the way.
@@ -46,62 +47,52 @@ impl PyStanding {
         Ok(Self { id, standing })
     }
 
-    fn start(&self, now: u64) -> PyResult<()> {
-        Err(refusal(&self.id, self.standing.start(now)))
+    fn start(&self, py: Python<'_>, now: u64) -> PyResult<()> {
+        self.answer(py, Err(self.standing.start(now)))
     }
 
-    fn claim(&self, now: u64) -> PyResult<()> {
-        self.answer(self.standing.claim(now).map(drop))
+    /// Returns the status once it is claimed.
+    fn claim(&self, py: Python<'_>, now: u64) -> PyResult<&'static str> {
+        self.answer(py, self.standing.claim(now).map(RunStatus::name))
     }
 
     /// `there`: the bytes that are stored at the place of the row already, if any are.
-    fn append(&self, fence: Option<u64>, row: &PyRow, data: &[u8], there: Option<&[u8]>) -> PyResult<()> {
+    /// Returns the status after the row.
+    fn append(
+        &self,
+        py: Python<'_>,
+        fence: Option<u64>,
+        row: &PyRow,
+        data: &[u8],
+        there: Option<&[u8]>,
+    ) -> PyResult<&'static str> {
         let verdict = self.standing.append(fence.map(Fence), &row.0, data.len() as u64, &Limits::default());
-        self.answer(match verdict {
-            Err(Refusal::Conflict { sequence, next, .. }) => {
-                Err(Refusal::Conflict { sequence, next, is_same: there == Some(data) })
+        let verdict = verdict.map_err(|refusal| match refusal {
+            Refusal::Conflict { sequence, next, .. } => {
+                Refusal::Conflict { sequence, next, is_same: there == Some(data) }
             }
-            verdict => verdict.map(drop),
-        })
+            refusal => refusal,
+        });
+        self.answer(py, verdict.map(RunStatus::name))
     }
 
     /// After `append` has found nothing: the row says that it takes the place of one that is not there.
-    fn misplaced(&self, sequence: u64) -> PyResult<()> {
-        Err(refusal(&self.id, Refusal::Misplaced { sequence }))
+    fn misplaced(&self, py: Python<'_>, sequence: u64) -> PyResult<()> {
+        self.answer(py, Err(Refusal::Misplaced { sequence }))
     }
 
-    fn release(&self, fence: u64) -> PyResult<()> {
-        self.answer(self.standing.release(Fence(fence)))
+    fn release(&self, py: Python<'_>, fence: u64) -> PyResult<()> {
+        self.answer(py, self.standing.release(Fence(fence)))
     }
 
-    fn clear(&self, fence: Option<u64>, now: u64) -> PyResult<()> {
-        self.answer(self.standing.clear(fence.map(Fence), now))
+    fn clear(&self, py: Python<'_>, fence: Option<u64>, now: u64) -> PyResult<()> {
+        self.answer(py, self.standing.clear(fence.map(Fence), now))
     }
 }
 
 impl PyStanding {
-    fn answer(&self, verdict: Result<(), Refusal>) -> PyResult<()> {
-        verdict.map_err(|reason| refusal(&self.id, reason))
-    }
-}
-
-fn refusal(id: &WorkflowId, refusal: Refusal) -> PyErr {
-    let (id, text) = (id.as_str().to_owned(), format!("run {:?} {refusal}", id.as_str()));
-    match refusal {
-        Refusal::Claimed(Lease { owner, until }) => {
-            RunClaimedError::new_err((text, id, None::<u64>, Some(owner), Some(until)))
-        }
-        Refusal::Unclaimed => RunClaimedError::new_err((text, id)),
-        Refusal::Unknown => RunNotFoundError::new_err((text, id)),
-        Refusal::Exists(_) | Refusal::Over(_) => RunConflictError::new_err((text, id)),
-        Refusal::Conflict { sequence, is_same, .. } => {
-            RunConflictError::new_err((text, id, sequence, None::<String>, is_same))
-        }
-        Refusal::Gap { sequence, .. } | Refusal::Misplaced { sequence } => {
-            RunConflictError::new_err((text, id, sequence))
-        }
-        Refusal::OutOfPlace { .. } => RunConflictError::new_err((text, id)),
-        Refusal::Full { .. } => RunTooLargeError::new_err((text, id)),
+    fn answer<T>(&self, py: Python<'_>, verdict: Result<T, Refusal>) -> PyResult<T> {
+        verdict.map_err(|refusal| store_error(py, StoreError::Refused { id: self.id.clone(), refusal }))
     }
 }
 
@@ -155,8 +146,8 @@ pub(super) fn check_workflow_id(workflow_id: &Bound<'_, PyAny>) -> PyResult<()> 
     id_of(workflow_id).map(drop)
 }
 
-/// A fence that Python hands in.
+/// A fence as a signed column holds it: one that is larger was never drawn, and neither was the largest.
 #[pyfunction]
 pub(super) fn check_fence(fence: &Bound<'_, PyAny>) -> PyResult<u64> {
-    natural("fence", fence, 0, i64::MAX as u64)
+    Ok(fence_of(fence)?.0.min(i64::MAX as u64))
 }
