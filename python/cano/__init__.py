@@ -209,10 +209,20 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> object:
+    """What needs an extra is imported when it is asked for."""
+    if name == "PostgresCheckpointStore":
+        from ._postgres import PostgresCheckpointStore  # noqa: PLC0415 - see above
+
+        PostgresCheckpointStore.__module__ = "cano"
+        return PostgresCheckpointStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _claim_public_home() -> None:
     """Tracebacks, pickles and documentation name `cano`, not the private module."""
     for name in __all__:
-        public = globals()[name]
+        public = globals().get(name)
         if str(getattr(public, "__module__", "")).startswith("cano._"):
             public.__module__ = "cano"
 

@@ -22,6 +22,8 @@ mod sqlite_store;
 
 mod memory_checkpoints;
 
+mod standing;
+
 mod current;
 
 mod definition;
@@ -122,6 +124,10 @@ mod _core {
     use super::split::Split;
     #[pymodule_export]
     use super::sqlite_store::PySqliteStore;
+    #[pymodule_export]
+    use super::standing::{
+        PyStanding, check_fence, check_workflow_id, decode_log, encode_within_limits, limits_of_runs, rules_of_claims,
+    };
     #[pymodule_export]
     use super::table::{Factory, Table};
     #[pymodule_export]
