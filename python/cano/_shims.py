@@ -45,7 +45,7 @@ from ._models import (
 )
 from ._saga import CompensatableTask
 from ._stream import Stream
-from ._tasks import Form, config_of, given_type, name_of, output_of, prepare_task, spec_of
+from ._tasks import Form, config_of, name_of, output_of, prepare_task, spec_of
 
 _log = logging.getLogger("cano")
 
@@ -150,10 +150,10 @@ def _timer(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
 
 def _stepped(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     step = Method.of(task, name, "step", Form(("cursor",), leads=Done, stays=(More,)))
-    sources, keywords, declared = step.reading
+    sources, keywords, declared, cursor = step.reading
     is_coroutine_function = inspect.iscoroutinefunction(step.call)
     plan = _core.Plan([("cursor", None, None), *sources], keywords, declared, is_coroutine_function)
-    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task", given_type(step.call))
+    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task", cursor)
 
 
 _ASKS = ((StreamProgress, OWN),)
@@ -173,7 +173,7 @@ def _stream(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     skips = policy == ItemErrorPolicy.Skip
     stream = Stream(name, methods, window, limit, _retries(policy._retries or 0), skips=skips)
     plan = plan_of(methods, methods[2:], leads_with=("run",))
-    return _core.TaskSpec(stream.run, name, plan, None, "stream", given_type(methods[0].call))
+    return _core.TaskSpec(stream.run, name, plan, None, "stream", methods[0].reading.given)
 
 
 def _check_config(name: str, config: TaskConfig) -> None:
@@ -210,12 +210,12 @@ _BACK = Form(("output",))
 
 def _undoable(task: Any, name: str, config: TaskConfig, *, register_before: bool = False) -> _core.TaskSpec:
     run, compensate = Method.of(task, name, "run", _FORWARD), Method.of(task, name, "compensate", _BACK)
-    sources, keywords, _ = compensate.reading
+    sources, keywords, _, _ = compensate.reading
     if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
         raise ConfigurationError(f"task {name}.compensate takes what led into the state, which only run can get")
     back = _core.Plan([("cursor", None, None), *sources], keywords, None, _is_async(compensate))
     undo = _core.TaskSpec(compensate.call, f"{name}.compensate", back, None)
-    plan = _core.Plan(*run.reading, _is_async(run))
+    plan = _core.Plan(*run.reading[:3], _is_async(run))
     type_ = output_of(run.call, compensate.call)
     compensation = _core.Compensation(undo, type_, register_before)
     return _core.TaskSpec(run.call, name, plan, config._policy, "compensatable task", None, compensation)

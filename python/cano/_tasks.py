@@ -144,6 +144,8 @@ class Reading(NamedTuple):
     sources: list[_Source]
     keywords: tuple[str, ...] | None
     declared: tuple[Any, ...] | None
+    given: Any
+    """The annotation of what it is given first; Any if it has none, or is given nothing."""
 
 
 _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
@@ -177,7 +179,7 @@ def refuse_generator(call: Callable[..., Any], name: str, why: str = "a task ret
 
 
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:
-    return _core.Plan(*read(call, name), inspect.iscoroutinefunction(call))
+    return _core.Plan(*read(call, name)[:3], inspect.iscoroutinefunction(call))
 
 
 def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading:
@@ -209,13 +211,8 @@ def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading
     if form.pairs:
         returned, _ = _pair(returned) or (None, None)
     declared = _declared(returned, form)
-    return Reading(sources, tuple(keywords) or None, declared)
-
-
-def given_type(call: Callable[..., Any]) -> Any:
-    """The annotation of what a method is given first; Any if it has none."""
-    first = next(iter(inspect.signature(call).parameters.values()))
-    return _resolve(first.annotation, innermost(call), missing=Any)
+    first = _resolve(given[0].annotation, inner, missing=Any) if given else Any
+    return Reading(sources, tuple(keywords) or None, declared, first)
 
 
 def innermost(call: Callable[..., Any]) -> Any:
