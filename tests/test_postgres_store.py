@@ -863,7 +863,7 @@ async def test_who_may_not_make_tables_is_told_so(server, schema):
 
 async def test_a_server_that_is_not_there_is_told_at_once(server):
     """The first connection fails fast, with an error that hides the password; the store can be used later."""
-    dsn = f"postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
+    dsn = "postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
     store = PostgresCheckpointStore(dsn)
 
     for attempt in (begun(store, "run"), store.load_run("run"), store.__aenter__()):

@@ -33,6 +33,7 @@ from ._core import (
     WindowPolicy,
     __version__,
 )
+from ._durable import recover_all
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
@@ -206,6 +207,7 @@ __all__ = [
     "__version__",
     "configure",
     "in_thread",
+    "recover_all",
 ]
 
 
