@@ -21,6 +21,7 @@ from cano import (
     CanoError,
     CircuitBreaker,
     CircuitPolicy,
+    CompensatableTask,
     ConfigurationError,
     Continue,
     Done,
@@ -30,6 +31,7 @@ from cano import (
     ItemErrorPolicy,
     JoinConfig,
     JoinStrategy,
+    JsonCodec,
     MemoryStore,
     More,
     MultiRateLimiter,
@@ -811,6 +813,20 @@ def starting(**options):
 
 
 # For each parameter: the words by which a refusal may name it, and a call that gives it a value.
+class Reserve(CompensatableTask):
+    name = "reserve"
+
+    def run(self):
+        return S.DONE, None
+
+    def compensate(self, output):
+        pass
+
+
+def compensatable(state=S.START, task=None, **options):
+    return Workflow().register_with_compensation(state, task or Reserve(), **options)
+
+
 WALK = {
     "CircuitBreaker.failure_threshold": ("failure_threshold", CircuitBreaker),
     "CircuitBreaker.reset_timeout": ("reset_timeout", lambda value: CircuitBreaker(5, value)),
@@ -871,6 +887,9 @@ WALK = {
     "HealthStatus.Degraded.reason": ("reason", HealthStatus.Degraded),
     "HealthStatus.Unhealthy.reason": ("reason", HealthStatus.Unhealthy),
     "ItemErrorPolicy.Retry.retries": ("retries", ItemErrorPolicy.Retry),
+    "JsonCodec.encode.value": ("value", JsonCodec().encode),
+    "JsonCodec.decode.data": ("read", lambda value: JsonCodec().decode(value, int)),
+    "JsonCodec.decode.type_": ("type", lambda value: JsonCodec().decode(b"1", value)),
     "JoinConfig.strategy": ("strategy", lambda value: JoinConfig(value, S.DONE)),
     "JoinConfig.next_state": ("next_state", lambda value: JoinConfig(JoinStrategy.All, value)),
     "JoinConfig.timeout": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
@@ -1040,6 +1059,17 @@ WALK = {
         "config",
         lambda value: Workflow().register_stream(S.START, Items(), config=value),
     ),
+    "Workflow.register_with_compensation.state": ("state", lambda value: defined(compensatable(value))),
+    "Workflow.register_with_compensation.task": (
+        "compensatable task|register",
+        lambda value: defined(Workflow().register_with_compensation(S.START, value)),
+    ),
+    "Workflow.register_with_compensation.config": ("config", lambda value: compensatable(config=value)),
+    "Workflow.register_with_compensation.on_error": ("on_error", lambda value: compensatable(on_error=value)),
+    "Workflow.register_with_compensation.register_before": (
+        "register_before",
+        lambda value: compensatable(register_before=value),
+    ),
     "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
     "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),
     "Workflow.start.workflow_id": ("workflow_id", lambda value: starting(workflow_id=value)),
@@ -1049,6 +1079,10 @@ WALK = {
     "Workflow.task.join": ("join", lambda value: Workflow().task(S.START, join=value)(start)),
     "Workflow.task.on_error": ("on_error", lambda value: Workflow().task(S.START, on_error=value)(start)),
     "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
+    "Workflow.with_compensation_timeout.seconds": (
+        "compensation_timeout",
+        lambda value: Workflow().with_compensation_timeout(value),
+    ),
     "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),
     "configure.branches": ("branches", lambda value: cano.configure(branches=value)),
@@ -1097,6 +1131,7 @@ MADE_BY_THE_ENGINE = {
     "CircuitState",
     "ErrorContext",
     "LimiterSnapshot",
+    "Orphan",
     "Permit",
     "Run",
     "RunContext",
@@ -1104,6 +1139,7 @@ MADE_BY_THE_ENGINE = {
     "SplitResult",
     "StreamProgress",
 }
+WRITTEN_BY_USERS = {"Codec"}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
 
 
@@ -1114,7 +1150,7 @@ def parameters_of(function):
 
 def public_parameters():
     """Every parameter of every public function, constructor and method, "Class.method.parameter"; and a task's attributes."""
-    for name in set(cano.__all__) - {"__version__", "Seconds"}:
+    for name in set(cano.__all__) - {"__version__", "Seconds"} - WRITTEN_BY_USERS:
         public = getattr(cano, name)
         is_error = inspect.isclass(public) and issubclass(public, BaseException)
         if name not in MADE_BY_THE_ENGINE and (not is_error or name in RAISED_BY_TASKS):

@@ -7,6 +7,7 @@ and join by strategy. Rust decides and drives; nothing Python runs per transitio
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -37,6 +38,8 @@ from ._errors import (
     CanoError,
     CheckpointError,
     CircuitOpenError,
+    CompensationFailedError,
+    CompensationTimeoutError,
     ConfigurationError,
     CorruptRowError,
     DuplicateResourceError,
@@ -46,6 +49,11 @@ from ._errors import (
     KeyNotFoundError,
     NeedsAttentionError,
     NonRetryable,
+    Orphan,
+    OrphanedStepError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
+    OutputUnreadableError,
     RateLimitedError,
     ResourceError,
     ResourceNotFoundError,
@@ -89,6 +97,7 @@ from ._models import (
 )
 from ._on_error import Caught
 from ._resources import FromResources, HealthStatus, Res, Resource, Resources
+from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
 
@@ -108,6 +117,10 @@ __all__ = [
     "CircuitPolicy",
     "CircuitSnapshot",
     "CircuitState",
+    "Codec",
+    "CompensatableTask",
+    "CompensationFailedError",
+    "CompensationTimeoutError",
     "ConfigurationError",
     "Continue",
     "CorruptRowError",
@@ -123,6 +136,7 @@ __all__ = [
     "JoinError",
     "JoinStrategy",
     "JoinTimeoutError",
+    "JsonCodec",
     "KeyNotFoundError",
     "LimiterSnapshot",
     "MemoryStore",
@@ -130,6 +144,11 @@ __all__ = [
     "MultiRateLimiter",
     "NeedsAttentionError",
     "NonRetryable",
+    "Orphan",
+    "OrphanedStepError",
+    "OutputNotSerializableError",
+    "OutputTooLargeError",
+    "OutputUnreadableError",
     "Pending",
     "Permit",
     "PollErrorPolicy",
@@ -190,10 +209,20 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> object:
+    """What needs an extra is imported when it is asked for."""
+    if name == "PostgresCheckpointStore":
+        from ._postgres import PostgresCheckpointStore  # noqa: PLC0415 - see above
+
+        PostgresCheckpointStore.__module__ = "cano"
+        return PostgresCheckpointStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _claim_public_home() -> None:
     """Tracebacks, pickles and documentation name `cano`, not the private module."""
     for name in __all__:
-        public = globals()[name]
+        public = globals().get(name)
         if str(getattr(public, "__module__", "")).startswith("cano._"):
             public.__module__ = "cano"
 

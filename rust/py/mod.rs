@@ -22,6 +22,8 @@ mod sqlite_store;
 
 mod memory_checkpoints;
 
+mod standing;
+
 mod current;
 
 mod definition;
@@ -45,6 +47,8 @@ mod line;
 mod limiter;
 
 mod table;
+
+mod log;
 
 mod env;
 
@@ -74,6 +78,8 @@ mod drive;
 
 mod route;
 
+mod saga;
+
 #[pyo3::pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
@@ -87,7 +93,7 @@ mod _core {
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]
-    use super::definition::{Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
+    use super::definition::{Compensation, Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
     #[pymodule_export]
     use super::env::RunContext;
     #[pymodule_export]
@@ -98,6 +104,8 @@ mod _core {
     use super::limiter_policy::{LimiterSnapshot, PyRateLimiterPolicy, PyWindowPolicy};
     #[pymodule_export]
     use super::line::{PyLimiter, WaitingCall};
+    #[pymodule_export]
+    use super::log::{Log, Resumed};
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]
@@ -111,9 +119,15 @@ mod _core {
     #[pymodule_export]
     use super::run::Run;
     #[pymodule_export]
+    use super::saga::Completion;
+    #[pymodule_export]
     use super::split::Split;
     #[pymodule_export]
     use super::sqlite_store::PySqliteStore;
+    #[pymodule_export]
+    use super::standing::{
+        PyStanding, check_fence, check_workflow_id, decode_log, encode_within_limits, limits_of_runs, rules_of_claims,
+    };
     #[pymodule_export]
     use super::table::{Factory, Table};
     #[pymodule_export]
