@@ -1,5 +1,7 @@
 """`PostgresCheckpointStore` against a real server: what it promises while processes die, pause and race."""
 
+# ruff: noqa: S608 - the schemas of the tests are named here
+
 from __future__ import annotations
 
 import asyncio
@@ -33,6 +35,7 @@ from cano import (
 from tests.postgres_server import MISSING, PostgresServer, find_programs
 
 asyncpg = pytest.importorskip("asyncpg")
+Writer = pytest.importorskip("cano._postgres_writer").Writer
 
 pytestmark = [pytest.mark.realtime, pytest.mark.skipif(find_programs() is None, reason=MISSING)]
 
@@ -542,7 +545,7 @@ async def test_a_new_owner_has_loaded_all_that_the_old_one_wrote(store, other, s
 def processes(command, server, schema, *arguments, count=1):
     script = Path(__file__).with_name("postgres_worker.py")
     return [
-        subprocess.Popen(
+        subprocess.Popen(  # noqa: S603 - our own script
             [sys.executable, str(script), command, server.dsn, schema, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -686,7 +689,7 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
     await store.append("run", cursor(1), fence=fence)
     if operation == "claim":
         await store.release("run", fence)
-    send, failures = type(store)._send, itertools.count()
+    send, failures = Writer._send, itertools.count()
 
     async def done_and_lost(self, connection, name, operations):
         answers = await send(self, connection, name, operations)
@@ -694,7 +697,7 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
             raise ConnectionResetError
         return answers
 
-    monkeypatch.setattr(PostgresCheckpointStore, "_send", done_and_lost)
+    monkeypatch.setattr(Writer, "_send", done_and_lost)
     match operation:
         case "start":
             await store.append("new", entry(0), fence=await store.start_run("new", workflow="test", version=1))
@@ -814,7 +817,7 @@ async def test_the_tables_are_made_once(server, schema):
 
 
 async def test_older_tables_are_brought_up_to_date(server, schema, monkeypatch):
-    """A schema of an earlier version is migrated in one transaction and keeps its runs; a step that fails leaves it as it was."""
+    """A schema of an earlier version is migrated in one transaction and keeps its runs; a step that fails changes nothing."""
     async with PostgresCheckpointStore(server.dsn, schema=schema) as store:
         await store.release("run", await begun(store, "run", 3))
     monkeypatch.setattr(sql, "VERSION", 3)
@@ -857,13 +860,13 @@ async def test_who_may_not_make_tables_is_told_so(server, schema):
         await connection.execute(f"CREATE ROLE {schema} LOGIN")
     dsn = server.dsn.replace("postgres@", f"{schema}@")
 
-    with pytest.raises(StoreOpenError, match="may not make them.*grant CREATE"):
+    with pytest.raises(StoreOpenError, match=r"may not make them.*grant CREATE"):
         await PostgresCheckpointStore(dsn, schema=schema).__aenter__()
 
 
 async def test_a_server_that_is_not_there_is_told_at_once(server):
     """The first connection fails fast, with an error that hides the password; the store can be used later."""
-    dsn = f"postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
+    dsn = "postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
     store = PostgresCheckpointStore(dsn)
 
     for attempt in (begun(store, "run"), store.load_run("run"), store.__aenter__()):
@@ -884,7 +887,7 @@ def test_a_missing_driver_is_named():
         "except ImportError as error: print(error)"
     )
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
 
     assert done.stdout == "PostgresCheckpointStore needs asyncpg: install cano[postgres]\n"
 
