@@ -113,6 +113,7 @@ class CheckpointStore(Protocol):
 
     async def load_run(self, workflow_id: str) -> "list[CheckpointRow]":
         """The rows of a run in ascending order; empty if there are none."""
+        ...
 
     async def clear(self, workflow_id: str) -> None:
         """Forget all rows of a run; fine if there are none."""
