@@ -32,6 +32,7 @@ from cano import (
     StoreOpenError,
     _postgres_sql as sql,
 )
+from cano.testing import checkpoint_store_suite
 from tests.postgres_server import MISSING, PostgresServer, find_programs
 
 asyncpg = pytest.importorskip("asyncpg")
@@ -115,6 +116,12 @@ async def taken_over(store, workflow_id, poll=0.02):
             return await store.claim(workflow_id)
         except RunClaimedError:
             await asyncio.sleep(poll)
+
+
+@pytest.mark.parametrize("check", checkpoint_store_suite(), ids=str)
+async def test_the_suite_for_checkpoint_stores(server, check):
+    """The store keeps what every checkpoint store promises."""
+    await check(lambda: PostgresCheckpointStore(server.dsn, schema="suite"))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
