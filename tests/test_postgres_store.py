@@ -339,7 +339,7 @@ async def test_a_start_that_nobody_waits_for_is_forgotten(store, other, turns):
         await store.clear("run", fence=await task)
 
     async with asyncio.timeout(LEASE / 2):
-        while await other.list_runs():
+        while await other.list_runs():  # noqa: ASYNC110 - the database does not call back
             await asyncio.sleep(0.01)
 
 
@@ -902,16 +902,16 @@ def test_a_missing_driver_is_named():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"dsn": "sqlite:///file"}, "dsn must be an address that begins with postgresql://, got 'sqlite:///file'"),
-        ({"dsn": None}, "dsn must be an address"),
+        ({"dsn": "sqlite:///file"}, "dsn must begin with postgresql://, got 'sqlite:///file'"),
+        ({"dsn": None}, "dsn must be a text, got None"),
         ({"dsn": "mysql://me:secret@host"}, r"me:\*\*\*@host"),
         ({"schema": "a b"}, "schema must be a name of 1 to 63"),
         ({"schema": "pg_mine"}, "schema must not begin with pg_"),
         ({"schema": 'x"; DROP TABLE y; --'}, "schema must be a name"),
-        ({"lease": 0.1}, "lease must be 0.5 to 86400 seconds, got 0.1"),
-        ({"lease": None}, "lease must be"),
-        ({"beat": 10}, "beat must be 0.01 to 7.5 seconds, got 10"),
-        ({"batch": 0}, "batch must be an int from 1 to 4096, got 0"),
+        ({"lease": 0.1}, "lease must be at least 0.5 and at most 86400 seconds, got 0.1"),
+        ({"lease": None}, "lease must be seconds"),
+        ({"beat": 10}, "beat must be at least 0.01 and at most 7.5 seconds, got 10"),
+        ({"batch": 0}, "batch must be at least 1 and at most 4096, got 0"),
         ({"batch": True}, "batch must be an int"),
     ],
 )
@@ -919,3 +919,53 @@ def test_bad_arguments_are_refused(arguments, text):
     """What the store is made from is checked before anything is connected."""
     with pytest.raises(ConfigurationError, match=text):
         PostgresCheckpointStore(**({"dsn": "postgresql://localhost/db"} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda store: store.append("run", "row"), "row must be a CheckpointRow, got 'row'"),
+        (lambda store: store.append("run", entry(0), fence="1"), "fence must be an int, got '1'"),
+        (lambda store: store.append(" ", entry(0)), "must not be blank"),
+        (lambda store: store.append("a\nb", entry(0)), "must not hold control characters"),
+        (lambda store: store.load_run(7), "workflow_id must be a text, got 7"),
+        (lambda store: store.claim("x" * 257), "must be at most 256 bytes long"),
+        (lambda store: store.start_run("run", workflow="", version=1), "workflow must have 1 to 128 bytes, got 0"),
+        (lambda store: store.start_run("run", workflow=None, version=1), "workflow must be a text, got None"),
+        (lambda store: store.start_run("run", workflow="w", version=-1), "version must be at least 0"),
+        (lambda store: store.release("run", None), "fence must be an int, got None"),
+        (
+            lambda store: store.list_runs(status="running"),
+            "status must be a RunStatus, or an iterable of them, got 'running'",
+        ),
+        (lambda store: store.list_runs(limit=0), "limit must be at least 1 and at most 1000000, got 0"),
+        (lambda store: store.list_runs(older_than="1"), "older_than must be"),
+    ],
+)
+async def test_bad_values_are_refused(call, text):
+    """What an operation is asked for is checked before anything is sent."""
+    with pytest.raises(ConfigurationError, match=text):
+        await call(PostgresCheckpointStore("postgresql://nobody@127.0.0.1:1/db"))
+
+
+def test_a_store_belongs_to_one_loop_and_one_process(server, schema):
+    """A store is refused in another event loop, and in a child that was forked."""
+    store = PostgresCheckpointStore(server.dsn, schema=schema)
+    asyncio.run(_used_and_closed_later(store))
+
+    with pytest.raises(StoreFailedError, match="another event loop"):
+        asyncio.run(store.load_run("run"))
+    child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(store.load_run("run"))
+        except StoreFailedError as error:
+            os._exit(7 if error.reason == "forked" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+async def _used_and_closed_later(store):
+    await store.load_run("run")
+    await store._reader.aclose()

@@ -19,7 +19,7 @@ from ._errors import (
     check_text,
     show,
 )
-from ._postgres_connection import Reader, check_schema, without_password
+from ._postgres_connection import Reader, check_dsn, check_schema, without_password
 from ._postgres_operations import Append, Claim, Clear, Greeting, Release, Start
 from ._postgres_writer import Writer
 
@@ -27,6 +27,7 @@ _SHORTEST_LEASE, _LONGEST_LEASE = 0.5, 86_400.0
 _SHORTEST_BEAT = 0.01
 _MOST_BATCH = 4_096
 _MOST_RUNS = 1_000_000
+_MOST_VERSION = (1 << 32) - 1
 
 
 class PostgresCheckpointStore:
@@ -57,18 +58,11 @@ class PostgresCheckpointStore:
     def __init__(
         self, dsn: str, *, schema: str = "cano", lease: Seconds = 15.0, beat: Seconds | None = None, batch: int = 256
     ) -> None:
-        if not isinstance(dsn, str) or not dsn.startswith(("postgresql://", "postgres://")):
-            wanted = "an address that begins with postgresql://"
-            raise ConfigurationError(
-                f"dsn must be {wanted}, got {show(without_password(dsn) if isinstance(dsn, str) else dsn)}"
-            )
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= _MOST_BATCH:
-            raise ConfigurationError(f"batch must be an int from 1 to {_MOST_BATCH}, got {show(batch)}")
-        self._dsn = dsn
+        self._dsn = check_dsn(dsn)
         self._schema = check_schema(schema)
         lease = _between("lease", lease, _SHORTEST_LEASE, _LONGEST_LEASE)
         beat = lease / 5 if beat is None else _between("beat", beat, _SHORTEST_BEAT, lease / 2)
-        self._writer = Writer(dsn, self._schema, lease=lease, beat=beat, batch=batch)
+        self._writer = Writer(dsn, self._schema, lease=lease, beat=beat, batch=_count("batch", batch, 1, _MOST_BATCH))
         self._reader = Reader(dsn, self._schema, patience=lease)
 
     def __repr__(self) -> str:
@@ -114,11 +108,8 @@ class PostgresCheckpointStore:
 
         Cancellation: what was claimed is forgotten again.
         """
-        if not isinstance(workflow, str):
-            raise ConfigurationError(f"workflow must be a text, got {show(workflow)}")
-        check_text("workflow", workflow, LABEL_LIMIT)
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 1 << 32:
-            raise ConfigurationError(f"version must be an int from 0 to {(1 << 32) - 1}, got {show(version)}")
+        _check_workflow(workflow)
+        _count("version", version, 0, _MOST_VERSION)
         return await self._writer.claimed(Start(*self._writer.about(workflow_id), workflow, version))
 
     async def claim(self, workflow_id: str) -> int:
@@ -225,13 +216,9 @@ class PostgresCheckpointStore:
         Raises:
             StoreFailedError: The database failed, or could not be reached.
         """
-        wanted = list(RunStatus) if status is None else [status] if isinstance(status, RunStatus) else list(status)
-        if not all(isinstance(one, RunStatus) for one in wanted):
-            raise ConfigurationError(f"status must be a RunStatus, several of them, or None, got {show(status)}")
-        if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _MOST_RUNS:
-            raise ConfigurationError(f"limit must be an int from 1 to {_MOST_RUNS}, got {show(limit)}")
+        wanted = _statuses(status)
         age = None if older_than is None else timedelta(seconds=_core.seconds("older_than", older_than))
-        found = await self._read("LIST", [one.value for one in wanted], age, limit)
+        found = await self._read("LIST", [one.value for one in wanted], age, _count("limit", limit, 1, _MOST_RUNS))
         return [_summary(record) for record in found]
 
     async def aclose(self) -> None:
@@ -265,8 +252,34 @@ def _summary(found: Any) -> RunSummary:
     )
 
 
+def _check_workflow(workflow: Any) -> None:
+    if not isinstance(workflow, str):
+        raise ConfigurationError(f"workflow must be a text, got {show(workflow)}")
+    check_text("workflow", workflow, LABEL_LIMIT)
+
+
+def _statuses(status: Any) -> list[RunStatus]:
+    """One status, or several; all if it is None."""
+    if status is None or isinstance(status, RunStatus):
+        return list(RunStatus) if status is None else [status]
+    several = list(status) if isinstance(status, Iterable) else [status]
+    if not all(isinstance(one, RunStatus) for one in several):
+        raise ConfigurationError(f"status must be a RunStatus, or an iterable of them, got {show(status)}")
+    return several
+
+
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(f"{name} must be an int, got {show(value)}")
+    if not least <= value <= most:
+        raise ConfigurationError(f"{name} must be at least {least} and at most {most}, got {value}")
+    return value
+
+
 def _between(name: str, value: Seconds, least: float, most: float) -> float:
+    if value is None:
+        raise ConfigurationError(f"{name} must be seconds as a number or a timedelta, got None")
     seconds = _core.seconds(name, value)
-    if seconds is None or not least <= seconds <= most:
-        raise ConfigurationError(f"{name} must be {least:g} to {most:g} seconds, got {show(value)}")
+    if not least <= seconds <= most:
+        raise ConfigurationError(f"{name} must be at least {least:g} and at most {most:g} seconds, got {show(value)}")
     return seconds

@@ -108,7 +108,7 @@ class Connection:
             Exception: What asyncpg raises.
         """
         async with asyncio.timeout(limit):
-            opened = cls(await asyncpg.connect(dsn, timeout=limit, statement_cache_size=0), schema)
+            opened = cls(await asyncpg.connect(dsn, statement_cache_size=0), schema)
             try:
                 if settings:
                     await opened._connection.execute(settings)
@@ -242,7 +242,16 @@ def _number(schema: str) -> int:
     return int.from_bytes(hashlib.sha256(f"cano {schema}".encode()).digest()[:8], "big", signed=True)
 
 
-def check_schema(schema: object) -> str:
+def check_dsn(dsn: Any) -> str:
+    """The address, if it is one."""
+    if not isinstance(dsn, str):
+        raise ConfigurationError(f"dsn must be a text, got {show(dsn)}")
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        raise ConfigurationError(f"dsn must begin with postgresql://, got {show(without_password(dsn))}")
+    return dsn
+
+
+def check_schema(schema: Any) -> str:
     """The name, if it can be one of a schema: PostgreSQL keeps 63 bytes, and pg_ is its own."""
     if not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", schema):
         rule = "a name of 1 to 63 letters, digits and underscores that does not begin with a digit"

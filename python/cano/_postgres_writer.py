@@ -151,8 +151,8 @@ class Writer:
                 self._task = None  # the next operation tries again
                 return
             self.is_connected = True
-            while (error := await self._use(connection)) is not None:
-                again = await self._connect_again(error)
+            while (loss := await self._use(connection)) is not None:
+                again = await self._connect_again(loss)
                 if again is None:
                     return
                 connection = again
