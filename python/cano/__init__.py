@@ -4,6 +4,8 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
+from typing import TYPE_CHECKING
+
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
@@ -101,6 +103,9 @@ from ._resources import FromResources, HealthStatus, Res, Resource, Resources
 from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
+
+if TYPE_CHECKING:
+    from ._postgres import PostgresCheckpointStore as PostgresCheckpointStore
 
 __all__ = [
     "After",

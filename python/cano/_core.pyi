@@ -43,6 +43,7 @@ __all__ = [
     "Split",
     "SplitResult",
     "SqliteCheckpointStore",
+    "Standing",
     "StreamWindow",
     "Table",
     "TaskSpec",
@@ -50,7 +51,13 @@ __all__ = [
     "WindowPolicy",
     "WindowedRateLimiter",
     "__version__",
+    "check_fence",
+    "check_workflow_id",
     "configure_branches",
+    "decode_log",
+    "encode_within_limits",
+    "limits_of_runs",
+    "rules_of_claims",
     "seconds",
     "set_virtual_time",
 ]
@@ -61,6 +68,12 @@ _D = TypeVar("_D")
 
 def configure_branches(native: bool, /) -> None: ...
 def set_virtual_time(seconds: float | None, /) -> None: ...
+def check_fence(fence: int, /) -> int: ...
+def check_workflow_id(workflow_id: str, /) -> None: ...
+def decode_log(workflow_id: str, stored: list[tuple[int, bytes]], next_sequence: int, /) -> list[CheckpointRow]: ...
+def encode_within_limits(workflow_id: str, row: CheckpointRow, /) -> bytes: ...
+def limits_of_runs() -> tuple[int, int]: ...
+def rules_of_claims() -> list[tuple[str, str, str]]: ...
 @overload
 def seconds(name: str, value: Seconds, /) -> float: ...
 @overload
@@ -1193,6 +1206,27 @@ class SqliteCheckpointStore:
     def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> Awaitable[None]: ...
+
+@final
+class Standing:
+    def __new__(
+        cls,
+        workflow_id: str,
+        status: str,
+        owner: str | None,
+        until: int | None,
+        fence: int,
+        next_sequence: int,
+        kept_rows: int,
+        kept_bytes: int,
+        /,
+    ) -> Standing: ...
+    def start(self, now: int, /) -> None: ...
+    def claim(self, now: int, /) -> str: ...
+    def append(self, fence: int | None, row: CheckpointRow, data: bytes, there: bytes | None, /) -> str: ...
+    def misplaced(self, sequence: int, /) -> None: ...
+    def release(self, fence: int, /) -> None: ...
+    def clear(self, fence: int | None, now: int, /) -> None: ...
 
 @final
 class RateLimiterPolicy:
