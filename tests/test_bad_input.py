@@ -5,10 +5,12 @@ import contextlib
 import enum
 import inspect
 import math
+import tempfile
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -19,6 +21,7 @@ from cano import (
     BatchTask,
     Bulkhead,
     CanoError,
+    CheckpointRow,
     CircuitBreaker,
     CircuitPolicy,
     CompensatableTask,
@@ -28,6 +31,7 @@ from cano import (
     DuplicateResourceError,
     FromResources,
     HealthStatus,
+    InMemoryCheckpointStore,
     ItemErrorPolicy,
     JoinConfig,
     JoinStrategy,
@@ -48,6 +52,8 @@ from cano import (
     ResourceTypeError,
     RetryAfter,
     RetryMode,
+    RowKind,
+    SqliteCheckpointStore,
     Stop,
     StreamWindow,
     Task,
@@ -827,7 +833,95 @@ def compensatable(state=S.START, task=None, **options):
     return Workflow().register_with_compensation(state, task or Reserve(), **options)
 
 
+def parameters_of(function):
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in ("self", "cls") and not name.startswith("_")]
+
+
+def checkpoint(**field):
+    CheckpointRow(**{"sequence": 3, "kind": RowKind.StateEntry, "state": "START"} | field)
+
+
+def checkpoints(use):
+    """What a checkpoint store in memory does."""
+
+    async def main():
+        await use(InMemoryCheckpointStore())
+
+    testing.run(main())
+
+
+def file_checkpoints(use=None, path="runs.db", **options):
+    """The same of one in a file, in a folder of its own."""
+
+    async def main():
+        async with SqliteCheckpointStore(path, **options) as store:
+            if use:
+                await use(store)
+
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder, contextlib.chdir(folder):
+        testing.run(main())
+
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - where a disk costs nothing
+ENTRY = CheckpointRow(0, RowKind.StateEntry, "START")
+
+
+def walk_of_store(name, checkpoints):
+    """What both checkpoint stores have in common; that there is no such run also names it."""
+
+    def walk(use):
+        return lambda value: checkpoints(lambda store: use(store, value))
+
+    return {
+        f"{name}.start_run.workflow_id": ("workflow_id", walk(lambda s, v: s.start_run(v, workflow="w", version=1))),
+        f"{name}.start_run.workflow": ("workflow", walk(lambda s, v: s.start_run("x", workflow=v, version=1))),
+        f"{name}.start_run.version": ("version", walk(lambda s, v: s.start_run("x", workflow="w", version=v))),
+        f"{name}.claim.workflow_id": ("workflow_id|run", walk(lambda s, v: s.claim(v))),
+        f"{name}.append.workflow_id": ("workflow_id", walk(lambda s, v: s.append(v, ENTRY))),
+        f"{name}.append.row": ("row", walk(lambda s, v: s.append("x", v))),
+        f"{name}.append.fence": ("fence|run", walk(lambda s, v: s.append("x", ENTRY, fence=v))),
+        f"{name}.load_run.workflow_id": ("workflow_id", walk(lambda s, v: s.load_run(v))),
+        f"{name}.clear.workflow_id": ("workflow_id", walk(lambda s, v: s.clear(v))),
+        f"{name}.clear.fence": ("fence", walk(lambda s, v: s.clear("x", fence=v))),
+        f"{name}.release.workflow_id": ("workflow_id|run", walk(lambda s, v: s.release(v, 1))),
+        f"{name}.release.fence": ("fence|run", walk(lambda s, v: s.release("x", v))),
+        f"{name}.release.stopped": ("stopped|run", walk(lambda s, v: s.release("x", 1, stopped=v))),
+        f"{name}.list_runs.status": ("status", walk(lambda s, v: s.list_runs(status=v))),
+        f"{name}.list_runs.older_than": ("older_than", walk(lambda s, v: s.list_runs(older_than=v))),
+        f"{name}.list_runs.limit": ("limit", walk(lambda s, v: s.list_runs(limit=v))),
+    }
+
+
 WALK = {
+    **walk_of_store("InMemoryCheckpointStore", checkpoints),
+    **walk_of_store("SqliteCheckpointStore", file_checkpoints),
+    "InMemoryCheckpointStore.max_blob": ("max_blob", lambda value: InMemoryCheckpointStore(max_blob=value)),
+    "InMemoryCheckpointStore.max_rows": ("max_rows", lambda value: InMemoryCheckpointStore(max_rows=value)),
+    "InMemoryCheckpointStore.max_bytes": ("max_bytes", lambda value: InMemoryCheckpointStore(max_bytes=value)),
+    "SqliteCheckpointStore.path": ("path|the store", lambda value: file_checkpoints(path=value)),
+    "SqliteCheckpointStore.lease": ("lease", lambda value: file_checkpoints(lease=value)),
+    "SqliteCheckpointStore.max_blob": ("max_blob", lambda value: file_checkpoints(max_blob=value)),
+    "SqliteCheckpointStore.max_rows": ("max_rows", lambda value: file_checkpoints(max_rows=value)),
+    "SqliteCheckpointStore.max_bytes": ("max_bytes", lambda value: file_checkpoints(max_bytes=value)),
+    "SqliteCheckpointStore.allow_insecure_path": (
+        "allow_insecure_path",
+        lambda value: file_checkpoints(allow_insecure_path=value),
+    ),
+    **{
+        f"CheckpointRow.{field}": (field, lambda value, field=field: checkpoint(**{field: value}))
+        for field in parameters_of(CheckpointRow)
+    },
+    "CheckpointRow.encode.workflow_id": ("workflow_id", ENTRY.encode),
+    "CheckpointRow.decode.workflow_id": (
+        "workflow_id|run",
+        lambda value: CheckpointRow.decode(value, 0, ENTRY.encode("x")),
+    ),
+    "CheckpointRow.decode.sequence": (
+        "sequence|row",
+        lambda value: CheckpointRow.decode("x", value, ENTRY.encode("x")),
+    ),
+    "CheckpointRow.decode.data": ("data|row", lambda value: CheckpointRow.decode("x", 0, value)),
     "CircuitBreaker.failure_threshold": ("failure_threshold", CircuitBreaker),
     "CircuitBreaker.reset_timeout": ("reset_timeout", lambda value: CircuitBreaker(5, value)),
     "CircuitBreaker.half_open_max_calls": ("half_open_max_calls", lambda value: CircuitBreaker(5, 30, value)),
@@ -1135,17 +1229,15 @@ MADE_BY_THE_ENGINE = {
     "Permit",
     "Run",
     "RunContext",
+    "RowKind",
+    "RunStatus",
+    "RunSummary",
     "Seconds",
     "SplitResult",
     "StreamProgress",
 }
-WRITTEN_BY_USERS = {"Codec"}
+WRITTEN_BY_USERS = {"CheckpointStore", "Codec"}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
-
-
-def parameters_of(function):
-    names = inspect.signature(function).parameters
-    return [name for name in names if name not in ("self", "cls") and not name.startswith("_")]
 
 
 def public_parameters():

@@ -140,8 +140,11 @@ def stub_examples(names: dict[str, Any]) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("example", list(examples()))
-def test_example_in_a_docstring_is_true(example: doctest.DocTest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_in_a_docstring_is_true(
+    example: doctest.DocTest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The examples of a public docstring give what they say."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualClockLoop)
     report: list[str] = []
 

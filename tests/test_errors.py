@@ -16,10 +16,12 @@ from cano import (
     AttemptTimeoutError,
     BranchOutcome,
     CanoError,
+    CheckpointError,
     CircuitOpenError,
     CompensationFailedError,
     CompensationTimeoutError,
     ConfigurationError,
+    CorruptRowError,
     DuplicateResourceError,
     ErrorContext,
     InvalidTransitionError,
@@ -28,6 +30,7 @@ from cano import (
     JoinStrategy,
     JoinTimeoutError,
     KeyNotFoundError,
+    NeedsAttentionError,
     NonRetryable,
     Orphan,
     OrphanedStepError,
@@ -41,8 +44,15 @@ from cano import (
     ResourceTypeError,
     RetryAfter,
     RetryExhaustedError,
+    RunClaimedError,
+    RunConflictError,
+    RunNotFoundError,
+    RunStatus,
+    RunTooLargeError,
     SplitResult,
     StoreError,
+    StoreFailedError,
+    StoreOpenError,
     StoreTypeError,
     TaskConfig,
     TaskExecutionError,
@@ -53,6 +63,7 @@ from cano import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTimeoutError,
+    WorkflowVersionError,
     _errors,
     in_thread,
     testing,
@@ -136,6 +147,16 @@ TREE = [
     (ResourceNotFoundError, (ResourceError, KeyError), "resource"),
     (ResourceTypeError, (ResourceError, TypeError), "resource"),
     (DuplicateResourceError, (ResourceError,), "resource"),
+    (CheckpointError, (CanoError,), "checkpoint"),
+    (RunNotFoundError, (CheckpointError, LookupError), "checkpoint"),
+    (RunConflictError, (CheckpointError,), "checkpoint"),
+    (RunClaimedError, (CheckpointError,), "checkpoint"),
+    (RunTooLargeError, (CheckpointError,), "checkpoint"),
+    (CorruptRowError, (CheckpointError,), "checkpoint"),
+    (WorkflowVersionError, (CheckpointError,), "checkpoint"),
+    (NeedsAttentionError, (CheckpointError,), "checkpoint"),
+    (StoreFailedError, (CheckpointError,), "checkpoint"),
+    (StoreOpenError, (CheckpointError,), "checkpoint"),
     (OutputNotSerializableError, (CanoError,), "output"),
     (OutputTooLargeError, (CanoError,), "output"),
     (OutputUnreadableError, (CanoError,), "output"),
@@ -189,6 +210,14 @@ def test_outside_a_run(kind):
 
     assert (error.state, error.task, error.attempt, error.path, error.workflow_id) == (None,) * 5
     assert error.__cano__ is None
+
+
+def test_checkpoint_error_knows_its_run():
+    """An error about a stored run has the run's id, also where no run has seen it; the context's id else."""
+    error, other = CheckpointError("no", "order-1"), CheckpointError("no")
+    other.__cano__ = CONTEXT
+
+    assert (error.workflow_id, other.workflow_id) == ("order-1", CONTEXT.workflow_id)
 
 
 def test_the_two_timeouts_are_apart():
@@ -846,6 +875,14 @@ def made(kind, message):
         AttemptTimeoutError: (1.5,),
         CircuitOpenError: ("payments", 12.5),
         RateLimitedError: ("calls", 0.1),
+        CheckpointError: ("order-1", 3),
+        RunNotFoundError: ("order-1",),
+        RunConflictError: ("order-1", 3, RunStatus.Stopped, True),
+        RunClaimedError: ("order-1", None, "worker-2", 1_764_000_000_000),
+        CorruptRowError: ("order-1", 3),
+        WorkflowVersionError: ("order-1", 1, 2),
+        StoreFailedError: (None, None, "disk-full"),
+        StoreOpenError: ("symlink",),
         OutputTooLargeError: (11, 10),
         CompensationTimeoutError: (2.5,),
     }

@@ -195,11 +195,11 @@ OUTPUT = {
         order 1    0.0 s to 0.2 s  ####
         order 2    0.0 s to 0.2 s  ####
         order 3    0.0 s to 0.2 s  ####
-        order 4    0.2 s to 0.4 s      ####
-        invoice 1  0.2 s to 0.4 s      ####
         check      0.2 s to 0.4 s      ####
-        order 5    0.4 s to 0.6 s          ####
+        invoice 1  0.2 s to 0.4 s      ####
+        order 4    0.2 s to 0.4 s      ####
         invoice 2  0.4 s to 0.6 s          ####
+        order 5    0.4 s to 0.6 s          ####
         order 6    0.4 s to 0.6 s          ####
         invoice 3  0.6 s to 0.8 s              ####
         <Bulkhead api limit=3 in_use=0 waiting=0>

@@ -4,16 +4,21 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
+from typing import TYPE_CHECKING
+
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
+from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
 from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
     Bulkhead,
+    CheckpointRow,
     CircuitBreaker,
     CircuitPolicy,
     ErrorContext,
+    InMemoryCheckpointStore,
     JoinStrategy,
     LimiterSnapshot,
     MemoryStore,
@@ -24,23 +29,28 @@ from ._core import (
     RetryMode,
     RunContext,
     SplitResult,
+    SqliteCheckpointStore,
     StreamWindow,
     WindowedRateLimiter,
     WindowPolicy,
     __version__,
 )
+from ._durable import recover_all
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
+    CheckpointError,
     CircuitOpenError,
     CompensationFailedError,
     CompensationTimeoutError,
     ConfigurationError,
+    CorruptRowError,
     DuplicateResourceError,
     InvalidTransitionError,
     JoinError,
     JoinTimeoutError,
     KeyNotFoundError,
+    NeedsAttentionError,
     NonRetryable,
     Orphan,
     OrphanedStepError,
@@ -53,7 +63,13 @@ from ._errors import (
     ResourceTypeError,
     RetryAfter,
     RetryExhaustedError,
+    RunClaimedError,
+    RunConflictError,
+    RunNotFoundError,
+    RunTooLargeError,
     StoreError,
+    StoreFailedError,
+    StoreOpenError,
     StoreTypeError,
     TaskExecutionError,
     UnknownStateError,
@@ -61,6 +77,7 @@ from ._errors import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTimeoutError,
+    WorkflowVersionError,
 )
 from ._join import JoinConfig
 from ._models import (
@@ -87,6 +104,9 @@ from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
 
+if TYPE_CHECKING:
+    from ._postgres import PostgresCheckpointStore as PostgresCheckpointStore
+
 __all__ = [
     "After",
     "AttemptTimeoutError",
@@ -95,6 +115,9 @@ __all__ = [
     "Bulkhead",
     "CanoError",
     "Caught",
+    "CheckpointError",
+    "CheckpointRow",
+    "CheckpointStore",
     "CircuitBreaker",
     "CircuitOpenError",
     "CircuitPolicy",
@@ -106,11 +129,13 @@ __all__ = [
     "CompensationTimeoutError",
     "ConfigurationError",
     "Continue",
+    "CorruptRowError",
     "Done",
     "DuplicateResourceError",
     "ErrorContext",
     "FromResources",
     "HealthStatus",
+    "InMemoryCheckpointStore",
     "InvalidTransitionError",
     "ItemErrorPolicy",
     "JoinConfig",
@@ -123,6 +148,7 @@ __all__ = [
     "MemoryStore",
     "More",
     "MultiRateLimiter",
+    "NeedsAttentionError",
     "NonRetryable",
     "Orphan",
     "OrphanedStepError",
@@ -147,13 +173,23 @@ __all__ = [
     "RetryExhaustedError",
     "RetryMode",
     "RouterTask",
+    "RowKind",
     "Run",
+    "RunClaimedError",
+    "RunConflictError",
     "RunContext",
+    "RunNotFoundError",
+    "RunStatus",
+    "RunSummary",
+    "RunTooLargeError",
     "Seconds",
     "SplitResult",
+    "SqliteCheckpointStore",
     "SteppedTask",
     "Stop",
     "StoreError",
+    "StoreFailedError",
+    "StoreOpenError",
     "StoreTypeError",
     "StreamProgress",
     "StreamTask",
@@ -172,16 +208,28 @@ __all__ = [
     "WorkflowCancelledError",
     "WorkflowError",
     "WorkflowTimeoutError",
+    "WorkflowVersionError",
     "__version__",
     "configure",
     "in_thread",
+    "recover_all",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What needs an extra is imported when it is asked for."""
+    if name == "PostgresCheckpointStore":
+        from ._postgres import PostgresCheckpointStore  # noqa: PLC0415 - see above
+
+        PostgresCheckpointStore.__module__ = "cano"
+        return PostgresCheckpointStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _claim_public_home() -> None:
     """Tracebacks, pickles and documentation name `cano`, not the private module."""
     for name in __all__:
-        public = globals()[name]
+        public = globals().get(name)
         if str(getattr(public, "__module__", "")).startswith("cano._"):
             public.__module__ = "cano"
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeAlias
 from . import _core
 from ._core import CircuitBreaker, MultiRateLimiter, RateLimiter, RetryMode, WindowedRateLimiter
 from ._errors import (
+    CheckpointError,
     ConfigurationError,
     InvalidTransitionError,
     NonRetryable,
@@ -24,6 +25,7 @@ Seconds: TypeAlias = float | int | timedelta
 
 FINAL_ERRORS: tuple[type[Exception], ...] = (
     NonRetryable,
+    CheckpointError,
     ConfigurationError,
     InvalidTransitionError,
     UnknownStateError,

@@ -1,17 +1,22 @@
+from asyncio import Future
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable, Iterator, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar, final, overload
 
 from typing_extensions import disjoint_base
 
 from ._breaker import CircuitSnapshot, CircuitState
+from ._checkpoints import RowKind, RunStatus, RunSummary
 from ._config import Seconds
+from ._durable import Definition
 from ._join import JoinConfig
 from ._resources import Resources
 
 __all__ = [
     "BranchOutcome",
     "Bulkhead",
+    "CheckpointRow",
     "CircuitBreaker",
     "CircuitPolicy",
     "Compensation",
@@ -19,9 +24,11 @@ __all__ = [
     "ErrorContext",
     "Factory",
     "Filling",
+    "InMemoryCheckpointStore",
     "JoinStrategy",
     "Limiter",
     "LimiterSnapshot",
+    "Log",
     "MemoryStore",
     "MultiRateLimiter",
     "Permit",
@@ -29,11 +36,14 @@ __all__ = [
     "Policy",
     "RateLimiter",
     "RateLimiterPolicy",
+    "Resumed",
     "RetryMode",
     "Run",
     "RunContext",
     "Split",
     "SplitResult",
+    "SqliteCheckpointStore",
+    "Standing",
     "StreamWindow",
     "Table",
     "TaskSpec",
@@ -41,7 +51,13 @@ __all__ = [
     "WindowPolicy",
     "WindowedRateLimiter",
     "__version__",
+    "check_fence",
+    "check_workflow_id",
     "configure_branches",
+    "decode_log",
+    "encode_within_limits",
+    "limits_of_runs",
+    "rules_of_claims",
     "seconds",
     "set_virtual_time",
 ]
@@ -52,6 +68,12 @@ _D = TypeVar("_D")
 
 def configure_branches(native: bool, /) -> None: ...
 def set_virtual_time(seconds: float | None, /) -> None: ...
+def check_fence(fence: int, /) -> int: ...
+def check_workflow_id(workflow_id: str, /) -> None: ...
+def decode_log(workflow_id: str, stored: list[tuple[int, bytes]], next_sequence: int, /) -> list[CheckpointRow]: ...
+def encode_within_limits(workflow_id: str, row: CheckpointRow, /) -> bytes: ...
+def limits_of_runs() -> tuple[int, int]: ...
+def rules_of_claims() -> list[tuple[str, str, str]]: ...
 @overload
 def seconds(name: str, value: Seconds, /) -> float: ...
 @overload
@@ -708,6 +730,505 @@ class MemoryStore:
     def __iter__(self) -> Iterator[Any]: ...
 
 @final
+class CheckpointRow:
+    """One row of a durable run's log.
+
+    Which fields a row has depends on its kind; "may" fields may be None.
+
+    ======================  ==========  =========  ======  ===========  ========  =========
+    kind                    next_state  refers_to  due_at  output_blob  snapshot  is_intent
+    ======================  ==========  =========  ======  ===========  ========  =========
+    StateEntry              -           -          -       -            may       may
+    CompensationCompletion  has         -          -       the output   may       -
+    StepCursor              may         may        -       the cursor   may       -
+    TimerDue                -           -          has     -            may       -
+    RollbackStarted         -           -          -       the error    may       -
+    Compensated             -           has        -       -            -         -
+    Finished                -           -          -       -            may       -
+    NeedsAttention          -           -          -       the reason   may       -
+    ======================  ==========  =========  ======  ===========  ========  =========
+
+    Args:
+        sequence: The row's number in the log, from 0 without gaps.
+        kind: What the row tells.
+        state: Label of the state that it is about; of the exit state where a run finished. At most 128 bytes.
+        task_id: Name of the state's task, at most 128 bytes; empty for a split and an exit state.
+        visit: Which entry of the run into this state it is, from 1.
+        attempt: Which attempt of the visit it is, from 1.
+        workflow_version: The workflow's version, 0 if it has none.
+        fingerprint: A digest of the workflow's name and definition, 64 bits.
+        run_id: 16 bytes that tell this run from another one under the same id.
+        recorded_at: When the row was made, in milliseconds since 1970.
+        next_state: Where the run goes from here, decided for good.
+        refers_to: Compensated: the row that was undone. Step cursor: the first row whose place it takes.
+        due_at: When the timer fires, in milliseconds since 1970.
+        is_intent: Whether the step is to be compensated from its entry on, without an output.
+        output_blob: An output, a cursor, an error or a reason, as the codec wrote it; empty bytes are there, None is not.
+        snapshot: The run's own data, as the codec wrote it.
+
+    Raises:
+        ConfigurationError: A value is of the wrong type or out of range, or no row of this kind has it, or must have it.
+
+    Example:
+        >>> CheckpointRow(0, RowKind.StateEntry, "CHARGE", task_id="charge")
+        <CheckpointRow 0: state entry of "CHARGE", task "charge", visit 1, attempt 1>
+    """
+
+    def __new__(
+        cls,
+        sequence: int,
+        kind: RowKind,
+        state: str,
+        *,
+        task_id: str = "",
+        visit: int = 1,
+        attempt: int = 1,
+        workflow_version: int = 0,
+        fingerprint: int = 0,
+        run_id: bytes = b"\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+        recorded_at: int = 0,
+        next_state: str | None = None,
+        refers_to: int | None = None,
+        due_at: int | None = None,
+        is_intent: bool = False,
+        output_blob: bytes | None = None,
+        snapshot: bytes | None = None,
+    ) -> CheckpointRow: ...
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def kind(self) -> RowKind: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def visit(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def workflow_version(self) -> int: ...
+    @property
+    def fingerprint(self) -> int: ...
+    @property
+    def run_id(self) -> bytes: ...
+    @property
+    def recorded_at(self) -> int: ...
+    @property
+    def next_state(self) -> str | None: ...
+    @property
+    def refers_to(self) -> int | None: ...
+    @property
+    def due_at(self) -> int | None: ...
+    @property
+    def is_intent(self) -> bool: ...
+    @property
+    def output_blob(self) -> bytes | None: ...
+    @property
+    def snapshot(self) -> bytes | None: ...
+    def encode(self, workflow_id: str) -> bytes:
+        """The bytes to store under the id of the run: with a format number, the length, and a checksum that covers the id.
+
+        Raises:
+            ConfigurationError: The id is not one.
+            RunTooLargeError: A blob has more than 64 MiB.
+        """
+
+    @staticmethod
+    def decode(workflow_id: str, sequence: int, data: bytes) -> CheckpointRow:
+        """The row that `encode` wrote for this place of this run.
+
+        Raises:
+            CorruptRowError: The bytes are not what was written, or belong to another place or run, or are of a later format.
+
+        Example:
+            >>> row = CheckpointRow(0, RowKind.Finished, "DONE")
+            >>> CheckpointRow.decode("order-1", 0, row.encode("order-1")) == row
+            True
+            >>> CheckpointRow.decode("order-2", 0, row.encode("order-1"))
+            Traceback (most recent call last):
+            cano.CorruptRowError: row 0 of run "order-2" is damaged at byte 70: ...
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[object, ...]: ...
+
+@final
+class InMemoryCheckpointStore:
+    """Keeps the logs of durable runs as long as the process lives; for tests, and for runs that need not outlive it.
+
+    Everything that a durable store promises but durability: rows are checked alike, runs have one owner, and whoever has lost
+    one changes nothing. Safe from several loops and threads. Its claims last until they are given up, or the store is closed
+    or gone.
+
+    Args:
+        max_blob: Bytes of one output, cursor or snapshot, 1 to 64 MiB.
+        max_rows: Rows that a run keeps, 1 to 1,000,000,000.
+        max_bytes: Bytes of a run's rows, 1 to 1 TiB.
+
+    Raises:
+        ConfigurationError: A limit is out of range or of the wrong type.
+
+    Example:
+        >>> async def main():
+        ...     async with InMemoryCheckpointStore() as store:
+        ...         fence = await store.start_run("order-1", workflow="order", version=1)
+        ...         row = CheckpointRow(0, RowKind.StateEntry, "CHARGE", task_id="charge")
+        ...         await store.append("order-1", row, fence=fence)
+        ...         return await store.load_run("order-1")
+        >>> asyncio.run(main())
+        [<CheckpointRow 0: state entry of "CHARGE", task "charge", visit 1, attempt 1>]
+    """
+
+    def __new__(
+        cls, *, max_blob: int = 2097152, max_rows: int = 50000, max_bytes: int = 52428800
+    ) -> InMemoryCheckpointStore: ...
+    @property
+    def owner(self) -> str:
+        """Who claims what is claimed through this store."""
+
+    def another_owner(self) -> InMemoryCheckpointStore:
+        """A store with the same runs and limits, as another process would have it: with an owner of its own.
+
+        Example:
+            >>> async def main():
+            ...     store = InMemoryCheckpointStore()
+            ...     await store.start_run("order-1", workflow="order", version=1)
+            ...     other = store.another_owner()
+            ...     try:
+            ...         await other.claim("order-1")
+            ...     except RunClaimedError:
+            ...         store.close()  # its owner is gone
+            ...     return await other.claim("order-1")
+            >>> asyncio.run(main())
+            2
+        """
+
+    def start_run(self, workflow_id: str, *, workflow: str, version: int) -> Awaitable[int]:
+        """Claim an id that has no run yet.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is forgotten again.
+
+        Args:
+            workflow_id: The run's id: 1 to 256 bytes, not blank, no control characters.
+            workflow: The workflow's name, 1 to 128 bytes.
+            version: The workflow's version, 0 if it has none.
+
+        Returns:
+            The fence, to be shown with each row.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            RunClaimedError: There is such a run, and it is somebody's.
+            RunConflictError: There is such a run, and it is nobody's: resume or discard it.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def claim(self, workflow_id: str) -> Awaitable[int]:
+        """Claim a run that is there and nobody's, or whose owner's lease has run out.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is given up again.
+
+        Returns:
+            The fence; those of earlier claims are out of date.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: It is somebody's.
+            RunConflictError: It is over.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def append(self, workflow_id: str, row: CheckpointRow, *, fence: int | None = None) -> Awaitable[None]:
+        """Add the next row of a run. A row that ends the run gives up its claim.
+
+        Cancellation: what is under way is done nevertheless.
+
+        Args:
+            workflow_id: The run's id.
+            row: The row; its sequence is the one that follows.
+            fence: What the run was claimed under; None for a run that is nobody's, which begins with its row 0.
+
+        Raises:
+            RunNotFoundError: There is no run that could have been claimed.
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            RunConflictError: There is a row of this sequence, or this one cannot follow yet, or not after the last one.
+            RunTooLargeError: It is more than the limits allow.
+            StoreFailedError: The store is closed, or its disk failed: then nothing was written, or `is_same` of a
+                `RunConflictError` tells whoever tries again that it was.
+        """
+
+    def load_run(self, workflow_id: str) -> Awaitable[list[CheckpointRow]]:
+        """The rows of a run in ascending order; none if there is no such run.
+
+        Cursors whose place a later one has taken are left out.
+
+        Raises:
+            CorruptRowError: A row is damaged or missing.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def clear(self, workflow_id: str, *, fence: int | None = None) -> Awaitable[None]:
+        """Forget a run and its rows; fine if there is none.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What the run was last claimed under; None for a run that is nobody's.
+
+        Raises:
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def release(self, workflow_id: str, fence: int, *, stopped: bool = False) -> Awaitable[None]:
+        """Give up a claim.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What it was claimed under.
+            stopped: Whether the run has failed and is resumed only by those who ask for it; else anybody who looks for runs
+                to resume may have it at once.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: The run is somebody else's by now, or nobody's.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def list_runs(
+        self,
+        *,
+        status: RunStatus | Iterable[RunStatus] | None = None,
+        older_than: Seconds | None = None,
+        limit: int = 1000,
+    ) -> Awaitable[list[RunSummary]]:
+        """The runs that are there, the longest untouched first.
+
+        Args:
+            status: Only runs that have come so far; None for all.
+            older_than: Only runs whose last row, claim or release is longer ago than these seconds; None for all.
+            limit: How many at most, 1 to 1,000,000.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def close(self) -> None:
+        """Give up all claims; every later call raises `StoreFailedError`. Closing again does nothing."""
+
+    def aclose(self) -> Awaitable[None]:
+        """Do what `close` does."""
+
+    def __aenter__(self) -> Awaitable[InMemoryCheckpointStore]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Awaitable[None]: ...
+
+@final
+class SqliteCheckpointStore:
+    """Keeps the logs of durable runs in an SQLite file.
+
+    What was answered is on the disk, and outlives the process and, as far as the disk honours a sync, the machine. One thread
+    writes: all that waits when it is free shares one transaction and one sync, so that a thousand runs in flight cost little
+    more than one. Nothing blocks the loop. Safe from several loops and threads.
+
+    Several processes of one machine may share the file. A run belongs to one of them at a time: its claim lasts as long as the
+    store that made it is open and alive. Whoever opens the file while nobody else has it open takes back the claims of the
+    dead at once; else they last until the lease runs out. A store that is not closed is closed when its object goes or the
+    interpreter ends.
+
+    Args:
+        path: The file; made with mode 0600 if it is not there. Its directory must exist. Not on a network disk.
+        lease: Seconds for which a claim outlives an owner that died, 0.1 to one day; it is renewed three times in that time.
+        max_blob: Bytes of one output, cursor or snapshot, 1 to 64 MiB.
+        max_rows: Rows that a run keeps, 1 to 1,000,000,000.
+        max_bytes: Bytes of a run's rows, 1 to 1 TiB.
+        allow_insecure_path: Accept a file of another user, and one, or a directory, that others may write to.
+
+    Raises:
+        ConfigurationError: An argument is out of range or of the wrong type.
+        StoreOpenError: The file cannot be opened, or is none of ours.
+
+    Example:
+        >>> async def main():
+        ...     async with SqliteCheckpointStore("runs.db") as store:
+        ...         fence = await store.start_run("order-1", workflow="order", version=1)
+        ...         row = CheckpointRow(0, RowKind.Finished, "DONE")
+        ...         await store.append("order-1", row, fence=fence)
+        ...     async with SqliteCheckpointStore("runs.db") as store:
+        ...         return await store.load_run("order-1")
+        >>> asyncio.run(main())
+        [<CheckpointRow 0: finished of "DONE", visit 1, attempt 1>]
+    """
+
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        *,
+        lease: Seconds = 15.0,
+        max_blob: int = 2097152,
+        max_rows: int = 50000,
+        max_bytes: int = 52428800,
+        allow_insecure_path: bool = False,
+    ) -> SqliteCheckpointStore: ...
+    @property
+    def path(self) -> str:
+        """The path as it was given."""
+
+    @property
+    def owner(self) -> str:
+        """Who claims what is claimed through this store: the process's number and a random one."""
+
+    def start_run(self, workflow_id: str, *, workflow: str, version: int) -> Awaitable[int]:
+        """Claim an id that has no run yet.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is forgotten again.
+
+        Args:
+            workflow_id: The run's id: 1 to 256 bytes, not blank, no control characters.
+            workflow: The workflow's name, 1 to 128 bytes.
+            version: The workflow's version, 0 if it has none.
+
+        Returns:
+            The fence, to be shown with each row.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            RunClaimedError: There is such a run, and it is somebody's.
+            RunConflictError: There is such a run, and it is nobody's: resume or discard it.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def claim(self, workflow_id: str) -> Awaitable[int]:
+        """Claim a run that is there and nobody's, or whose owner's lease has run out.
+
+        Cancellation: what was claimed for a caller that is cancelled meanwhile is given up again.
+
+        Returns:
+            The fence; those of earlier claims are out of date.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: It is somebody's.
+            RunConflictError: It is over.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def append(self, workflow_id: str, row: CheckpointRow, *, fence: int | None = None) -> Awaitable[None]:
+        """Add the next row of a run. A row that ends the run gives up its claim.
+
+        Cancellation: what is under way is done nevertheless.
+
+        Args:
+            workflow_id: The run's id.
+            row: The row; its sequence is the one that follows.
+            fence: What the run was claimed under; None for a run that is nobody's, which begins with its row 0.
+
+        Raises:
+            RunNotFoundError: There is no run that could have been claimed.
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            RunConflictError: There is a row of this sequence, or this one cannot follow yet, or not after the last one.
+            RunTooLargeError: It is more than the limits allow.
+            StoreFailedError: The store is closed, or its disk failed: then nothing was written, or `is_same` of a
+                `RunConflictError` tells whoever tries again that it was.
+        """
+
+    def load_run(self, workflow_id: str) -> Awaitable[list[CheckpointRow]]:
+        """The rows of a run in ascending order; none if there is no such run.
+
+        Cursors whose place a later one has taken are left out.
+
+        Raises:
+            CorruptRowError: A row is damaged or missing.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def clear(self, workflow_id: str, *, fence: int | None = None) -> Awaitable[None]:
+        """Forget a run and its rows; fine if there is none.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What the run was last claimed under; None for a run that is nobody's.
+
+        Raises:
+            RunClaimedError: The run is somebody else's by now, or has an owner and there is no fence.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def release(self, workflow_id: str, fence: int, *, stopped: bool = False) -> Awaitable[None]:
+        """Give up a claim.
+
+        Args:
+            workflow_id: The run's id.
+            fence: What it was claimed under.
+            stopped: Whether the run has failed and is resumed only by those who ask for it; else anybody who looks for runs
+                to resume may have it at once.
+
+        Raises:
+            RunNotFoundError: There is no such run.
+            RunClaimedError: The run is somebody else's by now, or nobody's.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def list_runs(
+        self,
+        *,
+        status: RunStatus | Iterable[RunStatus] | None = None,
+        older_than: Seconds | None = None,
+        limit: int = 1000,
+    ) -> Awaitable[list[RunSummary]]:
+        """The runs that are there, the longest untouched first.
+
+        Args:
+            status: Only runs that have come so far; None for all.
+            older_than: Only runs whose last row, claim or release is longer ago than these seconds; None for all.
+            limit: How many at most, 1 to 1,000,000.
+
+        Raises:
+            ConfigurationError: An argument is out of range or of the wrong type.
+            StoreFailedError: The store is closed, or its disk failed.
+        """
+
+    def close(self) -> None:
+        """Write what is under way, give up all claims, and let go of the file.
+
+        It blocks until that is done, which may be a while on a slow disk; in a coroutine, await `aclose`. Every later call
+        raises `StoreFailedError`; closing again does nothing.
+        """
+
+    def aclose(self) -> Awaitable[None]:
+        """Do what `close` does, in a thread of the loop's executor."""
+
+    def __aenter__(self) -> Awaitable[SqliteCheckpointStore]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Awaitable[None]: ...
+
+@final
+class Standing:
+    def __new__(
+        cls,
+        workflow_id: str,
+        status: str,
+        owner: str | None,
+        until: int | None,
+        fence: int,
+        next_sequence: int,
+        kept_rows: int,
+        kept_bytes: int,
+        /,
+    ) -> Standing: ...
+    def start(self, now: int, /) -> None: ...
+    def claim(self, now: int, /) -> str: ...
+    def append(self, fence: int | None, row: CheckpointRow, data: bytes, there: bytes | None, /) -> str: ...
+    def misplaced(self, sequence: int, /) -> None: ...
+    def release(self, fence: int, /) -> None: ...
+    def clear(self, fence: int | None, now: int, /) -> None: ...
+
+@final
 class RateLimiterPolicy:
     """How a token bucket is filled: it gains `tokens` in every `period`, evenly, up to its capacity.
 
@@ -1065,8 +1586,13 @@ class TaskSpec:
         plan: Plan,
         policy: Policy | None,
         model: str | None = None,
+        cursor: Any = None,
         compensation: Compensation | None = None,
     ) -> TaskSpec: ...
+    @property
+    def cursor(self) -> Any: ...
+    @property
+    def output(self) -> Any: ...
     @property
     def name(self) -> str: ...
     @property
@@ -1128,8 +1654,78 @@ class Table:
             type[Any],
         ],
         compensation_timeout: float | None,
+        data: type[Any] | None = None,
+        /,
     ) -> Table: ...
+    @property
+    def passing(self) -> list[str]: ...
+    @property
+    def labels(self) -> dict[str, Any]: ...
     def check_initial(self, state: Any) -> None: ...
+
+@final
+class Resumed:
+    def __new__(cls, workflow_id: str, rows: Sequence[CheckpointRow], passing: Sequence[str], /) -> Resumed: ...
+    @property
+    def position(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def blob(self) -> bytes | None: ...
+    @property
+    def path(self) -> list[str]: ...
+    @property
+    def snapshot(self) -> bytes | None: ...
+    @property
+    def to_undo(self) -> list[tuple[int, str, str, int, bytes | None]]: ...
+    @property
+    def run_id(self) -> bytes: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def fingerprint(self) -> int: ...
+
+@final
+class Log:
+    def __new__(
+        cls,
+        store: Any,
+        workflow_id: str,
+        definition: Definition,
+        snapshot: Callable[[], bytes] | None,
+        run_id: bytes,
+        version: int,
+        fingerprint: int,
+        resumed: Resumed | None = None,
+        cursor: Any = None,
+        /,
+    ) -> Log: ...
+    @property
+    def definition(self) -> Definition: ...
+    def owned(self, fence: int) -> None: ...
+    def take_cursor(self) -> Any: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def is_rolled_back(self) -> bool: ...
+    @property
+    def next(self) -> int: ...
+    @property
+    def due_at(self) -> int | None: ...
+    @property
+    def is_lost(self) -> bool: ...
+    @property
+    def unclosed(self) -> BaseException | None: ...
+    def refused(self, error: BaseException) -> None: ...
+    def cursor(self, cursor: Any, next_state: str | None = None, /) -> Future[None]: ...
+    def timer(self, due_at: int) -> Future[None]: ...
+    def roll_back(self, reason: bytes) -> Future[None]: ...
+    def compensated(self, sequence: int, state: str, task: str, visit: int) -> Future[None]: ...
+    def finished(self) -> Future[None]: ...
+    def needs_attention(self, reason: bytes) -> Future[None]: ...
+    def landed(self) -> int | None: ...
 
 @final
 class Split:
@@ -1148,8 +1744,14 @@ class Run:
         resources: Resources,
         workflow_id: str | None,
         timeout: float | None,
+        data: object = None,
+        log: Log | None = None,
+        resumed: Resumed | None = None,
         /,
     ) -> Run: ...
+    @property
+    def log(self) -> Log | None: ...
+    def label_of(self, state: Any) -> str | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
     def __iter__(self) -> Run: ...
     def __next__(self) -> Any: ...

@@ -26,6 +26,16 @@
     │   ├── ResourceNotFoundError (KeyError)
     │   ├── ResourceTypeError (TypeError)
     │   └── DuplicateResourceError
+    ├── CheckpointError
+    │   ├── RunNotFoundError (LookupError)
+    │   ├── RunConflictError
+    │   ├── RunClaimedError
+    │   ├── RunTooLargeError
+    │   ├── CorruptRowError
+    │   ├── WorkflowVersionError
+    │   ├── NeedsAttentionError
+    │   ├── StoreFailedError
+    │   └── StoreOpenError
     ├── OutputNotSerializableError
     ├── OutputTooLargeError
     ├── OutputUnreadableError
@@ -47,6 +57,7 @@ from . import _core
 from ._core import ErrorContext
 
 if TYPE_CHECKING:
+    from ._checkpoints import RunStatus
     from ._config import Seconds
     from ._core import SplitResult
 
@@ -357,6 +368,126 @@ class ResourceTypeError(ResourceError, TypeError):
 
 class DuplicateResourceError(ResourceError):
     """The key already has a resource."""
+
+
+class CheckpointError(CanoError):
+    """The log of a run could not be written, read, or owned.
+
+    Attributes:
+        sequence: The number of the row that it is about, or None.
+    """
+
+    category = "checkpoint"
+
+    def __init__(self, message: str, workflow_id: str | None = None, sequence: int | None = None) -> None:
+        super().__init__(message)
+        self._workflow_id = workflow_id
+        self.sequence = sequence
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The id of the run that it is about, also outside of a run; None if it is about none."""
+        return super().workflow_id if self._workflow_id is None else self._workflow_id
+
+
+class RunNotFoundError(CheckpointError, LookupError):
+    """The store has no run of this id."""
+
+
+class RunConflictError(CheckpointError):
+    """What was to be done does not fit what the store has of the run; nothing was changed.
+
+    Attributes:
+        status: How far the run is, if it is there already or is over; None if it is about a row.
+        is_same: Whether the row that was to be added is there already, byte by byte: an earlier append has done it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        workflow_id: str | None = None,
+        sequence: int | None = None,
+        status: "RunStatus | None" = None,
+        is_same: bool = False,  # noqa: FBT001, FBT002 - Rust calls it by position
+    ) -> None:
+        super().__init__(message, workflow_id, sequence)
+        self.status = status
+        self.is_same = is_same
+
+
+class RunClaimedError(CheckpointError):
+    """The run is somebody else's, or is not claimed any more; nothing was changed.
+
+    Attributes:
+        owner: Whose it is, or None if nobody's.
+        until: When the owner's lease ends, in milliseconds since 1970, or None. An owner that lives moves it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        workflow_id: str | None = None,
+        sequence: int | None = None,
+        owner: str | None = None,
+        until: int | None = None,
+    ) -> None:
+        super().__init__(message, workflow_id, sequence)
+        self.owner = owner
+        self.until = until
+
+
+class RunTooLargeError(CheckpointError):
+    """A row or a run would hold more than the store's limits allow; nothing was written."""
+
+
+class CorruptRowError(CheckpointError):
+    """What is stored is not what was written, or was written by a later version of cano."""
+
+
+class WorkflowVersionError(CheckpointError):
+    """A run was begun by another version of its workflow.
+
+    Attributes:
+        stored: The version that the run has.
+        expected: The version that the workflow has.
+    """
+
+    def __init__(self, message: str, workflow_id: str | None = None, stored: int = 0, expected: int = 0) -> None:
+        super().__init__(message, workflow_id)
+        self.stored = stored
+        self.expected = expected
+
+
+class NeedsAttentionError(CheckpointError):
+    """The run is parked: it cannot go on without a person."""
+
+
+class StoreFailedError(CheckpointError):
+    """A checkpoint store could not do what it was asked.
+
+    Attributes:
+        reason: "disk-full", "busy", "io", "damaged", "read-only", "closed", "forked" or "other".
+    """
+
+    def __init__(
+        self, message: str, workflow_id: str | None = None, sequence: int | None = None, reason: str = "other"
+    ) -> None:
+        super().__init__(message, workflow_id, sequence)
+        self.reason = reason
+
+
+class StoreOpenError(CheckpointError):
+    """A checkpoint store could not be opened.
+
+    Attributes:
+        reason: What is in the way, as one word, or several with hyphens: "no-directory", "insecure-directory", "symlink",
+            "not-a-file", "other-owner", "insecure-file", "not-a-store", "version", "forked", "no-wal", or a reason of
+            `StoreFailedError`.
+    """
+
+    def __init__(self, message: str, reason: str = "other") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 # --- what is to outlive the process ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from . import _core
 from ._codec import Codec, JsonCodec, decoded
@@ -27,6 +27,7 @@ from ._errors import (
     label,
     show,
 )
+from ._log import written
 from ._methods import outcome
 from ._tasks import Task
 
@@ -69,20 +70,41 @@ class CompensatableTask(Task[S], Generic[S, T]):
     """
 
 
-class Journal(Protocol):
-    """Who writes down how a roll-back goes on."""
+class _Journal:
+    """Writes down how the roll-back of a durable run goes on."""
 
-    async def started(self, error: BaseException, /) -> None:
+    def __init__(self, log: _core.Log) -> None:
+        self._log = log
+
+    async def started(self, error: BaseException) -> None:
         """The first compensation is about to begin; if this raises, none does."""
+        await written(self._log, self._log.roll_back(_reason(error)))
 
-    async def compensated(self, step: _core.Completion, /) -> None:
-        """One step is undone."""
+    async def compensated(self, step: _core.Completion) -> None:
+        """One step, which has a row, is undone."""
+        row = self._log.compensated(step.sequence or 0, label(step.state), step.task, step.visit)
+        await written(self._log, row)
 
     async def finished(self) -> None:
         """All of them are."""
+        await written(self._log, self._log.finished())
 
-    async def needs_attention(self, error: CompensationFailedError, /) -> None:
+    async def needs_attention(self, error: CompensationFailedError) -> None:
         """Some could not be undone."""
+        places = ", ".join(f"{orphan.task} in state {label(orphan.state)}" for orphan in error.orphans)
+        await written(self._log, self._log.needs_attention(_cut(f"not undone: {places}")))
+
+
+_REASON_LIMIT = 4096
+
+
+def _reason(error: BaseException) -> bytes:
+    """Why a run failed, for its log: type and text."""
+    return _cut(f"{type(error).__qualname__}: {error}")
+
+
+def _cut(text: str) -> bytes:
+    return text.encode(errors="replace")[:_REASON_LIMIT]
 
 
 async def roll_back(
@@ -90,9 +112,6 @@ async def roll_back(
     steps: Sequence[_core.Completion],
     error: BaseException,
     limit: float,
-    *,
-    journal: Journal | None = None,
-    codec: Codec | None = None,
 ) -> BaseException:
     """Undo the steps of a run, newest first, and give the exception with which the run ends.
 
@@ -101,14 +120,13 @@ async def roll_back(
         steps: What it has done, oldest first; those that come from a store have the bytes of their outputs.
         error: Why it fails.
         limit: Seconds for all of it.
-        journal: Is told of each row that is to be written; None where nothing is.
-        codec: Reads the outputs that are bytes; None is a `JsonCodec`.
 
     Returns:
         `error` itself if everything is undone, else a `CompensationFailedError`. A cancel leaves the run as it is, with that
-        error as its cause; one that came meanwhile takes the place of `error`, with `error` as its context.
+        error as its cause; one that came meanwhile takes the place of `error`, with `error` as its context. If the log of a
+        durable run does not take the row with which a roll-back begins, nothing is undone, and `error` says so in a note.
     """
-    work = _RollBack(run, steps, error, limit, journal=journal, codec=codec or JsonCodec())
+    work = _RollBack(run, steps, error, limit)
     leaving = error
     try:
         while not work.is_over:
@@ -144,16 +162,13 @@ class _RollBack:
         steps: Sequence[_core.Completion],
         error: BaseException,
         limit: float,
-        *,
-        journal: Journal | None,
-        codec: Codec,
     ) -> None:
         self._run = run
         self._left = list(steps)
         self._error = error
         self._limit = limit
-        self._journal = journal
-        self._codec = codec
+        self._journal = None if run.log is None else _Journal(run.log)
+        self._codec: Codec = JsonCodec() if run.log is None else run.log.definition.codec
         self._deadline: float | None = None
         self._failures: list[Exception] = []
         self._orphans: list[Orphan] = []
@@ -191,8 +206,9 @@ class _RollBack:
     async def _undo_all(self) -> None:
         try:
             if self._deadline is None:
-                if self._journal is not None:
-                    await self._journal.started(self._error)
+                if not await self._is_recorded():
+                    self.is_over = True
+                    return
                 self._deadline = asyncio.get_running_loop().time() + self._limit
             await self._undo_each(self._deadline)
             self.failed = self._fail()
@@ -203,6 +219,20 @@ class _RollBack:
             self._leave(_as_exception("the roll-back", failure))
             self.failed = self._fail()
         self.is_over = True
+
+    async def _is_recorded(self) -> bool:
+        """Whether a crash from here on would go on with the roll-back, and not with the run."""
+        if self._journal is None:
+            return True
+        try:
+            await self._journal.started(self._error)
+        except Exception as failure:  # noqa: BLE001 - whatever a store raises
+            name = type(failure).__qualname__
+            self._error.add_note(
+                f"nothing was undone, as the log did not take it ({name}: {failure}); the run can be resumed"
+            )
+            return False
+        return True
 
     async def _undo_each(self, deadline: float) -> None:
         loop = asyncio.get_running_loop()
@@ -226,7 +256,7 @@ class _RollBack:
             self._give_up()
 
     async def _tell(self, step: _core.Completion) -> None:
-        if self._journal is None:
+        if self._journal is None or step.sequence is None:
             return
         try:
             await self._journal.compensated(step)

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_origin
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from . import _core
 from ._config import TaskConfig
@@ -144,6 +144,8 @@ class Reading(NamedTuple):
     sources: list[_Source]
     keywords: tuple[str, ...] | None
     declared: tuple[Any, ...] | None
+    given: Any
+    """The annotation of what it is given first; Any if it has none, or is given nothing."""
 
 
 _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
@@ -177,7 +179,7 @@ def refuse_generator(call: Callable[..., Any], name: str, why: str = "a task ret
 
 
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:
-    return _core.Plan(*read(call, name), inspect.iscoroutinefunction(call))
+    return _core.Plan(*read(call, name)[:3], inspect.iscoroutinefunction(call))
 
 
 def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading:
@@ -209,7 +211,8 @@ def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading
     if form.pairs:
         returned, _ = _pair(returned) or (None, None)
     declared = _declared(returned, form)
-    return Reading(sources, tuple(keywords) or None, declared)
+    first = _resolve(given[0].annotation, inner, missing=Any) if given else Any
+    return Reading(sources, tuple(keywords) or None, declared, first)
 
 
 def innermost(call: Callable[..., Any]) -> Any:
@@ -269,15 +272,18 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, form: Form, *, 
         )
     raise ConfigurationError(
         f"parameter {parameter.name} of task {name} is annotated {show(str(annotation))}; a task takes Resources, "
-        f"Annotated[T, Res(key)], RunContext, SplitResult in the state that a split joins into, or Caught[E] in one that "
-        f"on_error leads to"
+        f"Annotated[T, Res(key)], RunContext, the class given to with_data() before, SplitResult in the state that a split "
+        f"joins into, or Caught[E] in one that on_error leads to"
     )
 
 
 _UNRESOLVED: Any = object()
 
+data_classes: WeakSet[type[Any]] = WeakSet()
+"""The classes of run data, of all workflows; whether a task asks for its own workflow's is checked with the workflow."""
 
-def _known(annotation: Any, form: Form) -> _Source | None:
+
+def _known(annotation: Any, form: Form) -> _Source | None:  # noqa: PLR0911 - a table of annotations
     """The source that an annotation stands for."""
     if (source := caught_by(annotation)) is not None:
         return source
@@ -290,6 +296,8 @@ def _known(annotation: Any, form: Form) -> _Source | None:
         return ("resource", key, type_)
     if isinstance(annotation, type) and issubclass(annotation, Resources):
         return ("resources", None, None)
+    if isinstance(annotation, type) and annotation in data_classes:
+        return ("data", annotation, None)
     asked = ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none"))
     for wanted, kind in (*asked, *form.own):
         if annotation == wanted:

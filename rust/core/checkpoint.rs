@@ -35,9 +35,9 @@ const MOST_BLOB: i64 = 64 << 20;
 const MOST_ROWS: i64 = 1_000_000_000;
 const MOST_BYTES: i64 = 1 << 40;
 /// The end of the year 9999: what comes after it is no date to SQLite, nor to Python.
-const MOST_MILLIS: u64 = 253_402_300_799_999;
+pub const MOST_MILLIS: u64 = 253_402_300_799_999;
 /// What a signed column of 64 bits holds.
-const MOST_SEQUENCE: u64 = i64::MAX as u64;
+pub const MOST_SEQUENCE: u64 = i64::MAX as u64;
 
 /// The id under which the rows of a run are kept.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -161,7 +161,7 @@ enum Presence {
 /// | needs attention         | -          | -         | -      | the reason | may      | -      |
 ///
 /// An empty payload or snapshot is there; only `None` is not.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Row {
     /// The place in the log, dense from 0.
     pub sequence: u64,
@@ -198,14 +198,14 @@ pub struct Row {
 }
 
 impl Row {
-    /// What is wrong with the row by itself, if anything.
-    pub(super) fn check(&self) -> Result<(), Fault> {
+    /// What is wrong with the row by itself, if anything; fields are named as Python names them.
+    pub fn check(&self) -> Result<(), Fault> {
         let fields = self.kind.fields();
         let presences = [
             ("next_state", fields.next_state, self.next_state.is_some()),
             ("refers_to", fields.refers_to, self.refers_to.is_some()),
             ("due_at", fields.due_at, self.due_at.is_some()),
-            ("payload", fields.payload, self.payload.is_some()),
+            ("output_blob", fields.payload, self.payload.is_some()),
             ("snapshot", fields.snapshot, self.snapshot.is_some()),
         ];
         for (field, presence, is_there) in presences {
@@ -219,7 +219,7 @@ impl Row {
             return Err(Fault::Has { kind: self.kind, field: "is_intent" });
         }
         for (field, label) in
-            [("state", Some(&self.state)), ("task", Some(&self.task)), ("next_state", self.next_state.as_ref())]
+            [("state", Some(&self.state)), ("task_id", Some(&self.task)), ("next_state", self.next_state.as_ref())]
         {
             short(field, label.map_or(0, String::len), MOST_LABEL)?;
         }
@@ -232,6 +232,11 @@ impl Row {
             Some(refers_to) if refers_to >= self.sequence => Err(Fault::Ahead { refers_to }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the row is a cursor that takes the place of another one.
+    pub fn replaces(&self) -> bool {
+        self.kind == RowKind::StepCursor && self.refers_to.is_some()
     }
 
     /// Whether the row is a cursor that takes the place of the one directly before it.
@@ -297,6 +302,9 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// As much as any store may allow.
+    pub const MOST: Self = Self { blob: MOST_BLOB as usize, rows: MOST_ROWS as u64, bytes: MOST_BYTES as u64 };
+
     /// `blob` 1..=64 MiB, `rows` 1..=1,000,000,000, `bytes` 1..=1 TiB.
     pub fn new(blob: i64, rows: i64, bytes: i64) -> Result<Self, Error> {
         let counted = |name, amount: i64, limit| match u64::try_from(amount) {

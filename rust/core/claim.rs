@@ -23,7 +23,7 @@
 
 use std::fmt;
 
-use super::checkpoint::{Limits, Row, RowKind};
+use super::checkpoint::{Limits, Row, RowKind, WorkflowId};
 
 /// How far a run has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -213,6 +213,30 @@ impl Standing {
             None => Refusal::Unclaimed,
         }
     }
+}
+
+/// Which runs to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunFilter {
+    pub statuses: Vec<RunStatus>,
+    /// Runs whose last write is older than this.
+    pub updated_before: u64,
+    pub limit: u32,
+}
+
+/// A run as a list shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunSummary {
+    pub id: WorkflowId,
+    pub standing: Standing,
+    /// The workflow's name; empty if the run was begun without a claim.
+    pub workflow: String,
+    /// The workflow's version, as of the last row.
+    pub version: u32,
+    /// The state of the last row; empty before the first.
+    pub state: String,
+    pub created_at: u64,
+    pub updated_at: u64,
 }
 
 /// Why a store did not do what it was asked; nothing was changed.

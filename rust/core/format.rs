@@ -33,7 +33,7 @@ impl Row {
     /// The bytes to store under `id`, if the row keeps the rules and `limits`.
     pub fn encode(&self, id: &WorkflowId, limits: &Limits) -> Result<Vec<u8>, RowError> {
         let blobs = || {
-            short("payload", self.payload.as_ref().map_or(0, Vec::len), limits.blob)?;
+            short("output_blob", self.payload.as_ref().map_or(0, Vec::len), limits.blob)?;
             short("snapshot", self.snapshot.as_ref().map_or(0, Vec::len), limits.blob)
         };
         self.check().and_then(|()| blobs()).map_err(|fault| RowError {

@@ -31,5 +31,9 @@ pub mod format;
 
 pub mod claim;
 
+pub mod resume;
+
+pub mod ledger;
+
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,11 @@ impl Nanos {
         self.as_f64() / PER_SECOND
     }
 
+    /// The duration in whole milliseconds, rounded down.
+    pub fn as_millis(self) -> u64 {
+        self.0 / 1_000_000
+    }
+
     /// Whole milliseconds, for the constants of the core; a product beyond 64 bits does not compile
     /// in one.
     pub(super) const fn from_millis(millis: u64) -> Self {

@@ -2,13 +2,13 @@
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDelta, PyFloat, PyInt};
+use pyo3::types::{PyBool, PyBoolMethods, PyBytes, PyDelta, PyFloat, PyInt, PyString};
 
 use crate::core::time::Nanos;
 
 use super::errors::{ConfigurationError, check_text, show};
 
-fn refused(name: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {
+pub(super) fn refused(name: &str, wanted: &str, value: &Bound<'_, PyAny>) -> PyErr {
     match (show(value), value.get_type().name()) {
         (Ok(text), Ok(class)) => ConfigurationError::new_err(format!("{name} must be {wanted}, got {text} ({class})")),
         (Err(error), _) | (_, Err(error)) => error,
@@ -42,6 +42,35 @@ pub(super) fn cost(value: &Bound<'_, PyAny>) -> PyResult<u64> {
         _ if value.gt(0)? => Ok(u64::MAX),
         _ => Err(refused("cost", "at least 0", value)),
     }
+}
+
+/// An int that is no bool, within bounds that may be beyond 64 bits signed.
+pub(super) fn natural(name: &str, value: &Bound<'_, PyAny>, least: u64, most: u64) -> PyResult<u64> {
+    if !value.is_instance_of::<PyInt>() || value.is_instance_of::<PyBool>() {
+        return Err(refused(name, "an int", value));
+    }
+    match value.extract() {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(refused(name, &format!("at least {least} and at most {most}"), value)),
+    }
+}
+
+/// A text that UTF-8 can hold.
+pub(super) fn plain_text(name: &str, value: &Bound<'_, PyAny>) -> PyResult<String> {
+    if !value.is_instance_of::<PyString>() {
+        return Err(refused(name, "a text", value));
+    }
+    value.extract().map_err(|_| refused(name, "a text that UTF-8 can hold", value))
+}
+
+/// Bytes, copied.
+pub(super) fn bytes(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    value.cast::<PyBytes>().map(|bytes| bytes.as_bytes().to_vec()).map_err(|_| refused(name, "bytes", value))
+}
+
+/// True or False.
+pub(super) fn flag(name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    value.cast::<PyBool>().map(PyBoolMethods::is_true).map_err(|_| refused(name, "a bool", value))
 }
 
 /// A printable text of 1 to `limit` bytes.

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyString, PyType};
 
+use crate::core::checkpoint::{Fault, Problem, RowError};
 use crate::core::error::Error;
 
 /// The classes of `python/cano/_errors.py`; they are written there, so that they pickle, type and document like Python.
@@ -14,6 +15,8 @@ mod python {
     pyo3::import_exception!(cano._errors, CircuitOpenError);
     pyo3::import_exception!(cano._errors, CanoError);
     pyo3::import_exception!(cano._errors, ConfigurationError);
+    pyo3::import_exception!(cano._errors, CheckpointError);
+    pyo3::import_exception!(cano._errors, CorruptRowError);
     pyo3::import_exception!(cano._errors, InvalidTransitionError);
     pyo3::import_exception!(cano._errors, KeyNotFoundError);
     pyo3::import_exception!(cano._errors, NonRetryable);
@@ -21,6 +24,12 @@ mod python {
     pyo3::import_exception!(cano._errors, RateLimitedError);
     pyo3::import_exception!(cano._errors, RetryAfter);
     pyo3::import_exception!(cano._errors, RetryExhaustedError);
+    pyo3::import_exception!(cano._errors, RunClaimedError);
+    pyo3::import_exception!(cano._errors, RunConflictError);
+    pyo3::import_exception!(cano._errors, RunNotFoundError);
+    pyo3::import_exception!(cano._errors, RunTooLargeError);
+    pyo3::import_exception!(cano._errors, StoreFailedError);
+    pyo3::import_exception!(cano._errors, StoreOpenError);
     pyo3::import_exception!(cano._errors, StoreTypeError);
     pyo3::import_exception!(cano._errors, TaskExecutionError);
     pyo3::import_exception!(cano._errors, UnknownStateError);
@@ -34,6 +43,21 @@ pub(super) use python::*;
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
         ConfigurationError::new_err(error.to_string())
+    }
+}
+
+impl From<RowError> for PyErr {
+    fn from(error: RowError) -> PyErr {
+        let facts = (error.to_string(), error.id.as_str().to_owned(), error.sequence);
+        match error.problem {
+            Problem::Fault(Fault::TooLong { .. }) => RunTooLargeError::new_err(facts),
+            Problem::Fault(_) => CheckpointError::new_err(facts),
+            Problem::Damaged { .. }
+            | Problem::Format { .. }
+            | Problem::Missing
+            | Problem::Twice
+            | Problem::OtherRun => CorruptRowError::new_err(facts),
+        }
     }
 }
 

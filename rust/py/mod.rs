@@ -12,6 +12,18 @@ mod asyncio;
 
 mod now;
 
+mod row;
+
+mod checkpoint_store;
+
+mod delivery;
+
+mod sqlite_store;
+
+mod memory_checkpoints;
+
+mod standing;
+
 mod current;
 
 mod definition;
@@ -35,6 +47,8 @@ mod line;
 mod limiter;
 
 mod table;
+
+mod log;
 
 mod env;
 
@@ -91,17 +105,29 @@ mod _core {
     #[pymodule_export]
     use super::line::{PyLimiter, WaitingCall};
     #[pymodule_export]
+    use super::log::{Log, Resumed};
+    #[pymodule_export]
     use super::memory::MemoryStore;
+    #[pymodule_export]
+    use super::memory_checkpoints::PyMemoryCheckpoints;
     #[pymodule_export]
     use super::now::set_virtual_time;
     #[pymodule_export]
     use super::result::{BranchOutcome, SplitResult};
+    #[pymodule_export]
+    use super::row::PyRow;
     #[pymodule_export]
     use super::run::Run;
     #[pymodule_export]
     use super::saga::Completion;
     #[pymodule_export]
     use super::split::Split;
+    #[pymodule_export]
+    use super::sqlite_store::PySqliteStore;
+    #[pymodule_export]
+    use super::standing::{
+        PyStanding, check_fence, check_workflow_id, decode_log, encode_within_limits, limits_of_runs, rules_of_claims,
+    };
     #[pymodule_export]
     use super::table::{Factory, Table};
     #[pymodule_export]

@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use pyo3::prelude::*;
 
@@ -22,6 +22,13 @@ pub(super) fn now() -> Moment {
         let (start, now) = (START.get_or_init(Instant::now), Instant::now());
         moment(now.saturating_duration_since(*start))
     })
+}
+
+/// The time that machines share, in milliseconds since 1970.
+pub(super) fn wall() -> u64 {
+    #[allow(clippy::disallowed_methods, reason = "the one place that reads it for stores")]
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Sets what this thread takes for the present, in seconds; None gives it the system's clock back.

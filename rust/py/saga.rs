@@ -8,13 +8,15 @@ use std::mem;
 use pyo3::exceptions::PyGeneratorExit;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyString, PyTuple};
+use pyo3::types::{PyBytes, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::core::resume::{Position, Resumption};
+
 use super::definition::{Compensation, TaskSpec};
-use super::drive::{Drive, Flow, Phase, Work};
+use super::drive::{After, Drive, Flow, Phase, Work};
 use super::env::{Env, Handed, RunContext, arguments};
-use super::errors::{InvalidTransitionError, WorkflowError};
+use super::errors::{InvalidTransitionError, TaskExecutionError, WorkflowError};
 use super::failure::Failure;
 use super::run::{Input, Run};
 use super::table::Kind;
@@ -102,14 +104,23 @@ impl Completion {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.traverse(&visit)
+    }
+}
+
+impl Completion {
+    /// The same with the number of its row, if there is one.
+    pub(super) fn recorded(self, sequence: Option<u64>) -> Self {
+        Self { sequence: sequence.or(self.sequence), ..self }
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.env)?;
         visit.call(&self.state)?;
         visit.call(&self.output)?;
         visit.call(&self.spec)
     }
-}
 
-impl Completion {
     fn compensation(&self) -> Option<&Compensation> {
         self.spec.as_ref()?.get().compensation.as_ref().map(Py::get)
     }
@@ -147,6 +158,21 @@ impl Completion {
 }
 
 impl Drive {
+    /// Takes over what a run has done that may have to be undone, and whether it was about to.
+    pub(super) fn resume(&mut self, py: Python<'_>, env: &Py<Env>, found: &Resumption) -> PyResult<()> {
+        for undo in &found.to_undo {
+            let output = undo.output.as_ref().map(|output| PyBytes::new(py, output).into_any().unbind());
+            let place = (undo.state.as_str(), undo.task.as_str());
+            let step = Completion::stored(py, env, place, undo.visit, undo.sequence, output);
+            self.stack.push(Py::new(py, step)?);
+        }
+        if let Position::RollBack { reason, .. } = &found.position {
+            let text = format!("the run failed before it was resumed: {}", String::from_utf8_lossy(reason));
+            self.phase = Phase::Undo(TaskExecutionError::new_err(text));
+        }
+        Ok(())
+    }
+
     /// What a compensatable task returned: the next state, and its output. If that is refused the run ends, whatever
     /// `on_error` says.
     pub(super) fn compensatable<'py>(
@@ -176,8 +202,29 @@ impl Drive {
     ///
     /// The one place between the two: a completion that is to outlive the process is written here, before it counts.
     fn completed<'py>(&mut self, run: &Bound<'py, Run>, step: Completion, next: usize) -> PyResult<Flow<'py>> {
-        self.push(run, step)?;
-        Ok(Flow::Go(Phase::Enter(next)))
+        let (py, env) = (run.py(), run.get().env.get());
+        let Some(log) = run.get().durable() else {
+            self.push(run, step)?;
+            return Ok(Flow::Go(Phase::Enter(next)));
+        };
+        let next_state = env.label(py, next).to_string();
+        match log.get().completed(step.output.bind(py), next_state) {
+            Ok(answer) => {
+                self.fresh = true;
+                self.done = Some(step);
+                self.record(run, answer, After::Enter(next), None)
+            }
+            Err(error) => {
+                let error = self.failed(run, self.task(run), error);
+                self.rejected(run, step, error)
+            }
+        }
+    }
+
+    /// Goes on with the roll-back of a run that failed before it was resumed.
+    pub(super) fn undo<'py>(&mut self, run: &Bound<'py, Run>, error: PyErr) -> PyResult<Flow<'py>> {
+        let error = run.get().annotate(run.py(), &self.failure(run, None), error);
+        self.roll_back(run, error)
     }
 
     /// A compensatable step is done, and what it returned is refused: it is undone with the others.
@@ -210,7 +257,7 @@ impl Drive {
             visit: this.track.with(py, |track| track.visits.get(self.state).copied().unwrap_or(1)),
             output,
             is_stored: false,
-            sequence: None,
+            sequence: self.entered.filter(|_| task.get().registers_before()),
             spec: Some(task.clone_ref(py)),
         }
     }
@@ -228,9 +275,16 @@ impl Drive {
     /// The run is about to end with an error: undoes what it has done.
     pub(super) fn unwind<'py>(&mut self, run: &Bound<'py, Run>, error: PyErr) -> PyResult<Flow<'py>> {
         let py = run.py();
-        if self.stack.is_empty() || error.is_instance_of::<PyGeneratorExit>(py) {
+        // A run that is over, or somebody else's, is left as it is.
+        let is_open = run.get().durable().is_none_or(|log| !log.get().is_over(py) && !log.get().is_lost(py));
+        if self.stack.is_empty() || !is_open || error.is_instance_of::<PyGeneratorExit>(py) {
             return Err(error);
         }
+        self.roll_back(run, error)
+    }
+
+    fn roll_back<'py>(&mut self, run: &Bound<'py, Run>, error: PyErr) -> PyResult<Flow<'py>> {
+        let py = run.py();
         self.timer.stop(py);
         self.fresh = false;
         let env = run.get().env.get();

@@ -340,6 +340,33 @@ impl Checked<'_> {
     }
 }
 
+/// Tasks that ask for run data which the runs of the workflow do not have.
+fn other_data(py: Python<'_>, states: &[Option<State>], data: Option<&Bound<'_, PyType>>) -> PyResult<Vec<String>> {
+    let mut problems = Vec::new();
+    let known = data.map_or(Ok("none".to_owned()), |data| data.name().map(|name| name.to_string()))?;
+    for State { label, kind, .. } in states.iter().flatten() {
+        let tasks: Vec<Py<TaskSpec>> = match kind {
+            Kind::Exit => Vec::new(),
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => vec![task.clone_ref(py)],
+            Kind::Split { branches, .. } => {
+                let tasks = branches.bind(py).iter().map(|branch| Ok(branch.cast_into::<TaskSpec>()?.unbind()));
+                tasks.collect::<PyResult<_>>()?
+            }
+        };
+        for task in &tasks {
+            let task = task.get();
+            let is_other = |class: &&Py<PyType>| data.is_none_or(|data| !data.is(class.bind(py)));
+            if let Some(class) = task.plan_ref().data().find(is_other) {
+                let (name, class) = (task.name.bind(py).to_cow()?, class.bind(py).name()?);
+                problems.push(format!(
+                    "task {name} of state {label} takes {class} as run data; the run data of the workflow is {known}"
+                ));
+            }
+        }
+    }
+    Ok(problems)
+}
+
 impl Checked<'_> {
     /// Compensatable tasks that could not be told apart, and those that a branch of a split would run.
     fn not_undone(&self, py: Python<'_>, states: &[Option<State>]) -> PyResult<Vec<String>> {
@@ -400,12 +427,14 @@ impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, keys of `on_error`), registered
     /// states first.
     #[new]
+    #[pyo3(signature = (subject, entries, shims, compensation_timeout, data=None, /))]
     fn new(
         py: Python<'_>,
         subject: &str,
         entries: Vec<Entry<'_>>,
         shims: Shims,
         compensation_timeout: Option<f64>,
+        data: Option<&Bound<'_, PyType>>,
     ) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
@@ -421,6 +450,7 @@ impl Table {
             graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
         problems.append(&mut checked.problems);
         problems.extend(checked.handed_nothing(py, &states));
+        problems.extend(other_data(py, &states, data)?);
         problems.extend(checked.not_undone(py, &states)?);
         if !problems.is_empty() {
             return Err(configuration(py, subject, problems));
@@ -440,6 +470,20 @@ impl Table {
             done,
             compensation_timeout,
         })
+    }
+
+    /// The labels of the states that a run cannot be resumed in: they take what only the step before them can give.
+    #[getter]
+    fn passing(&self, py: Python<'_>) -> Vec<String> {
+        self.states.iter().filter(|state| !state.lasts()).map(|state| state.label.bind(py).to_string()).collect()
+    }
+
+    /// The states by their labels.
+    #[getter]
+    fn labels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let labels = PyDict::new(py);
+        self.states.iter().try_for_each(|state| labels.set_item(&state.label, &state.key))?;
+        Ok(labels)
     }
 
     /// Refuses a state in which no run can start.
@@ -478,6 +522,40 @@ impl State {
             }
             _ => None,
         }
+    }
+
+    /// The task of the state, if it has one.
+    fn task(&self) -> Option<&TaskSpec> {
+        match &self.kind {
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => Some(task.get()),
+            Kind::Split { .. } | Kind::Exit => None,
+        }
+    }
+
+    /// What a row calls the task; nothing for a split and an exit.
+    pub(super) fn task_name(&self, py: Python<'_>) -> String {
+        match &self.kind {
+            Kind::Task { task, .. } => task.get().name.bind(py).to_string(),
+            Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => String::new(),
+        }
+    }
+
+    pub(super) fn has_steps(&self) -> bool {
+        self.task().is_some_and(|task| task.has_steps)
+    }
+
+    pub(super) fn registers_before(&self) -> bool {
+        self.task().is_some_and(TaskSpec::registers_before)
+    }
+
+    /// Whether entering the state is worth a row: a router only chooses, and chooses again.
+    pub(super) fn has_row(&self) -> bool {
+        !self.task().is_some_and(TaskSpec::is_router)
+    }
+
+    /// Whether a run can be resumed in this state.
+    fn lasts(&self) -> bool {
+        self.has_row() && !self.task().is_some_and(|task| task.plan_ref().wants_handed())
     }
 
     /// Whether the task's annotation allows this next state.

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::{mem, process};
 
 use crate::core::checkpoint::{Limits, Row, WorkflowId};
-use crate::core::claim::{Fence, RunStatus, Standing, Usage};
+use crate::core::claim::{Fence, RunFilter, RunSummary, Usage};
 
 pub mod error;
 
@@ -84,30 +84,6 @@ pub enum Answer {
 pub struct Completion<T> {
     pub ticket: T,
     pub outcome: Result<Answer, StoreError>,
-}
-
-/// Which runs to list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunFilter {
-    pub statuses: Vec<RunStatus>,
-    /// Runs whose last write is older than this.
-    pub updated_before: u64,
-    pub limit: u32,
-}
-
-/// A run as a list shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunSummary {
-    pub id: WorkflowId,
-    pub standing: Standing,
-    /// The workflow's name; empty if the run was begun without a claim.
-    pub workflow: String,
-    /// The workflow's version, as of the last row.
-    pub version: u32,
-    /// The state of the last row; empty before the first.
-    pub state: String,
-    pub created_at: u64,
-    pub updated_at: u64,
 }
 
 /// How a store is opened.

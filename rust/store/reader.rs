@@ -6,8 +6,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::connection::{number, standing};
 use super::error::StoreError;
 use super::file::Presence;
-use super::{RunFilter, RunSummary};
 use crate::core::checkpoint::{Problem, Row, RowError, WorkflowId, check_log};
+use crate::core::claim::{RunFilter, RunSummary};
 
 pub(super) struct Reader {
     connection: Connection,

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::connection::{self, number, standing};
 use super::error::{OpenReason, StoreError};
 use super::{Answer, Operation};
-use crate::core::checkpoint::{Limits, Row, RowKind, WorkflowId};
+use crate::core::checkpoint::{Limits, Row, WorkflowId};
 use crate::core::claim::{Fence, Refusal, RunStatus, Standing, Usage};
 
 /// The connection that writes.
@@ -180,7 +180,7 @@ impl Database {
 
     /// Drops the cursor whose place the row takes, and says how much that was.
     fn replace(&self, id: &WorkflowId, run: i64, row: &Row) -> Result<Usage, Stop> {
-        if row.kind != RowKind::StepCursor || row.refers_to.is_none() {
+        if !row.replaces() {
             return Ok(Usage::default());
         }
         let previous = row.sequence - 1; // it refers to a row below it

@@ -14,7 +14,7 @@ fn id() -> WorkflowId {
 }
 
 /// A row with nothing but what its kind needs.
-fn row(kind: RowKind, sequence: u64, state: &str, task: &str) -> Row {
+pub(super) fn row(kind: RowKind, sequence: u64, state: &str, task: &str) -> Row {
     let mut row = Row {
         sequence,
         kind,
@@ -139,7 +139,7 @@ fn test_each_kind_has_its_fields_and_no_other() {
         "next_state" => row.next_state = Some("NEXT".to_owned()),
         "refers_to" => row.refers_to = Some(0),
         "due_at" => row.due_at = Some(0),
-        "payload" => row.payload = Some(Vec::new()),
+        "output_blob" => row.payload = Some(Vec::new()),
         "snapshot" => row.snapshot = Some(Vec::new()),
         "is_intent" => row.is_intent = true,
         other => panic!("{other}"),
@@ -148,19 +148,19 @@ fn test_each_kind_has_its_fields_and_no_other() {
         "next_state" => row.next_state = None,
         "refers_to" => row.refers_to = None,
         "due_at" => row.due_at = None,
-        "payload" => row.payload = None,
+        "output_blob" => row.payload = None,
         other => panic!("{other}"),
     };
-    let fields = ["next_state", "refers_to", "due_at", "payload", "snapshot", "is_intent"];
+    let fields = ["next_state", "refers_to", "due_at", "output_blob", "snapshot", "is_intent"];
     let table: [(RowKind, &[&str], &[&str]); 8] = [
         (RowKind::StateEntry, &[], &["snapshot", "is_intent"]),
-        (RowKind::CompensationCompletion, &["next_state", "payload"], &["snapshot"]),
-        (RowKind::StepCursor, &["payload"], &["next_state", "refers_to", "snapshot"]),
+        (RowKind::CompensationCompletion, &["next_state", "output_blob"], &["snapshot"]),
+        (RowKind::StepCursor, &["output_blob"], &["next_state", "refers_to", "snapshot"]),
         (RowKind::TimerDue, &["due_at"], &["snapshot"]),
-        (RowKind::RollbackStarted, &["payload"], &["snapshot"]),
+        (RowKind::RollbackStarted, &["output_blob"], &["snapshot"]),
         (RowKind::Compensated, &["refers_to"], &[]),
         (RowKind::Finished, &[], &["snapshot"]),
-        (RowKind::NeedsAttention, &["payload"], &["snapshot"]),
+        (RowKind::NeedsAttention, &["output_blob"], &["snapshot"]),
     ];
 
     for (kind, always, maybe) in table {
@@ -195,7 +195,7 @@ fn test_values_out_of_range_are_refused_at_their_limit() {
     encoded(&with_output(limit));
     encoded(&with_reference(4));
     assert_eq!(fault(&with_label(129)), Fault::TooLong { field: "state", length: 129, most: 128 });
-    assert_eq!(fault(&with_output(limit + 1)), Fault::TooLong { field: "payload", length: limit + 1, most: limit });
+    assert_eq!(fault(&with_output(limit + 1)), Fault::TooLong { field: "output_blob", length: limit + 1, most: limit });
     assert_eq!(fault(&with_reference(5)), Fault::Ahead { refers_to: 5 });
     for (field, row) in [
         ("visit", Row { visit: 0, ..entry() }),

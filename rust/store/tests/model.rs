@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use super::{Dice, Folder, NOW, entry, workflow_id};
 use crate::core::checkpoint::{Limits, Row, RowKind};
+use crate::core::claim::RunFilter;
 use crate::core::claim::{Fence, Refusal, RunStatus};
 use crate::store::connection::open_to_read;
 use crate::store::error::StoreError;
 use crate::store::file::{Presence, Trust, prepare};
 use crate::store::reader::Reader;
 use crate::store::sqlite::Database;
-use crate::store::{Answer, Operation, RunFilter};
+use crate::store::{Answer, Operation};
 
 const OWNERS: usize = 3;
 const ROUNDS: usize = 150;

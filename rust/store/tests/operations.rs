@@ -8,8 +8,9 @@ use rusqlite::Connection;
 use super::{Folder, LATER, NOW, Opened, append, claim, entry, fence, refusal, settings, start, workflow_id};
 use crate::core::checkpoint::{Limits, Row, RowKind};
 use crate::core::claim::{Fence, Lease, Refusal, RunStatus, Usage};
+use crate::core::claim::{RunFilter, RunSummary};
 use crate::store::error::{Failure, StoreError};
-use crate::store::{Answer, Operation, RunFilter, RunSummary, Settings};
+use crate::store::{Answer, Operation, Settings};
 
 fn all() -> RunFilter {
     RunFilter { statuses: RunStatus::ALL.to_vec(), updated_before: u64::MAX, limit: 100 }
