@@ -31,10 +31,8 @@ from cano import (
     JoinConfig,
     JoinError,
     JoinStrategy,
-    NonRetryable,
     Orphan,
     OrphanedStepError,
-    OutputUnreadableError,
     Res,
     Resource,
     Resources,
@@ -49,10 +47,8 @@ from cano import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTimeoutError,
-    _core,
     testing,
 )
-from cano._saga import roll_back
 
 TICK = 0.02  # seconds, also where they are real
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
@@ -1399,193 +1395,7 @@ def test_ledger_of_a_cancelled_run_nets_to_zero(parts, failing, again):
         testing.run(cancelled_after(ticks))
 
 
-# --- the roll-back by itself -----------------------------------------------------------------------------------------
-
-
-class Receipt:
-    """A type that no JSON becomes."""
-
-
-def native(workflow, **options):
-    return _core.Run(workflow._frozen(), "a", Resources(), options.get("workflow_id"), None)
-
-
-class Journal:
-    """Writes down what a roll-back tells; `fails` says at which calls."""
-
-    def __init__(self, log, **fails):
-        self.log = log
-        self.fails = fails
-
-    async def _tell(self, name, what):
-        await asyncio.sleep(0)
-        self.log.append((name, what))
-        if name in self.fails:
-            raise self.fails[name]
-
-    async def started(self, error, /):
-        await self._tell("started", error)
-
-    async def compensated(self, step, /):
-        await self._tell("compensated", step.sequence)
-
-    async def finished(self):
-        await self._tell("finished", None)
-
-    async def needs_attention(self, error, /):
-        await self._tell("needs_attention", error)
-
-
-class Typed(Step):
-    async def run(self) -> tuple[str, dict[str, int]]:
-        raise AssertionError("a roll-back runs nothing forward")
-
-    async def compensate(self, output: dict[str, int]):
-        self.log.append(output)
-        if self.undoing_fails is not None:
-            raise self.undoing_fails
-
-
-def stored(log, *, fails=None):
-    """A run of a workflow, and two steps of it as they come from a store, rows 2 and 5."""
-    workflow = Workflow().register_with_compensation("a", Typed(log, "a", "b", undoing_fails=fails))
-    workflow.register_with_compensation("b", Typed(log, "b", "done")).add_exit_state("done")
-    run = native(workflow)
-    return run, [run.completion("a", "a", 1, 2, b'{"n":1}'), run.completion("b", "b", 3, 5, b'{"n":2}')]
-
-
-async def test_stored_outputs_are_read_by_their_annotation():
-    """Steps that come from a store are undone with their outputs as the annotation of ``run`` types them."""
-    log, error = [], Boom()
-    run, steps = stored(log)
-    told = []
-
-    assert await roll_back(run, steps, error, 5, journal=Journal(told)) is error
-    assert log == [{"n": 2}, {"n": 1}]
-    assert told == [("started", error), ("compensated", 5), ("compensated", 2), ("finished", None)]
-
-
-@pytest.mark.parametrize(
-    ("run", "compensate", "type_"),
-    [
-        (tuple[str, Receipt], int, Receipt),
-        (Awaitable[tuple[Literal["done"], Receipt]], int, Receipt),
-        (str, Receipt, Receipt),
-        (None, None, Any),
-    ],
-)
-def test_type_of_an_output(run, compensate, type_):
-    """An output is read as ``run`` annotates it, or else as ``compensate`` does, or else as plain JSON."""
-
-    class Tells(Step):
-        async def run(self):
-            raise AssertionError
-
-        async def compensate(self, output):
-            raise AssertionError
-
-    if run is not None:
-        Tells.run.__annotations__["return"] = run
-    if compensate is not None:
-        Tells.compensate.__annotations__["output"] = compensate
-    workflow = Workflow().register_with_compensation("a", Tells([], "a", "done")).add_exit_state("done")
-
-    assert native(workflow).completion("a", "a", 1, 0, b"1").output_type is type_
-
-
-async def test_corrupt_output_is_collected():
-    """If an output cannot be read the compensation is not called; that is one collected error, with the bytes."""
-    # SG-023
-    log, told = [], []
-    run, steps = stored(log)
-    steps.append(run.completion("b", "b", 4, 7, b'{"n":"x"}'))
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told))
-
-    assert [type(member) for member in error.exceptions] == [Boom, OutputUnreadableError]
-    assert "the output of task b in state b cannot be read: " in str(error.exceptions[1])
-    assert [(orphan.visit, orphan.output) for orphan in error.orphans] == [(4, b'{"n":"x"}')]
-    assert log == [{"n": 2}, {"n": 1}]
-    assert [name for name, _ in told] == ["started", "compensated", "compensated", "needs_attention"]
-    assert told[-1][1] is error
-
-
-async def test_step_that_nobody_can_undo_any_more():
-    """A step of a state that is gone, or is not compensatable any more, is an orphan with its task and bytes."""
-    # SG-010
-    run, _ = stored([])
-    steps = [run.completion("gone", "charge", 1, 3, b"{}")]
-
-    error = await roll_back(run, steps, Boom(), 5)
-
-    (orphan,) = error.orphans
-    assert (orphan.state, orphan.task, orphan.visit, orphan.output) == ("gone", "charge", 1, b"{}")
-    assert type(orphan.error) is OrphanedStepError
-    assert "task charge in state gone has no compensation in this version of the workflow" in str(orphan.error)
-
-
-async def test_intent_from_a_store_has_no_output():
-    """A step of which a log knows only that it began is undone with None."""
-    log = []
-    run, _ = stored(log)
-
-    await roll_back(run, [run.completion("a", "a", 1, 3, None)], Boom(), 5)
-
-    assert log == [None]
-
-
-async def test_roll_back_that_cannot_be_recorded_does_not_begin():
-    """If the start of a roll-back cannot be written, nothing is undone: every step is reported, and so is that error."""
-    # B02
-    log, told, disk_full = [], [], OSError("disk full")
-    run, steps = stored(log)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, started=disk_full))
-
-    assert log == []
-    assert [type(member) for member in error.exceptions] == [Boom, OrphanedStepError, OrphanedStepError, OSError]
-    assert [orphan.task for orphan in error.orphans] == ["b", "a"]
-    assert [name for name, _ in told] == ["started"]
-
-
-async def test_step_that_cannot_be_recorded():
-    """If it cannot be written that a step is undone, the others are undone all the same, and nothing more is written."""
-    log, told, disk_full = [], [], OSError("disk full")
-    run, steps = stored(log)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, compensated=disk_full))
-
-    assert log == [{"n": 2}, {"n": 1}]
-    assert error.exceptions[1:] == (disk_full, disk_full)
-    assert error.orphans == ()
-    assert [name for name, _ in told] == ["started", "compensated", "compensated"]
-
-
-@pytest.mark.parametrize("call", ["finished", "needs_attention"])
-async def test_end_that_cannot_be_recorded(call):
-    """An error at the last row is one more member."""
-    told, disk_full = [], OSError("disk full")
-    run, steps = stored([], fails=NonRetryable("no") if call == "needs_attention" else None)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, **{call: disk_full}))
-
-    assert error.exceptions[-1] is disk_full
-    assert len(error.orphans) == (call == "needs_attention")
-    assert told[-1][0] == call
-
-
-async def test_journal_is_told_once_though_everything_is_cancelled():
-    """A cancel of the run reaches neither the steps nor who writes them down."""
-    log, told = [], []
-    run, steps = stored(log)
-    task = asyncio.create_task(roll_back(run, steps, Boom(), 5, journal=Journal(told)))
-    for _ in range(12):
-        await asyncio.sleep(0)
-        task.cancel()
-    leaving = await task
-
-    assert isinstance(leaving, asyncio.CancelledError)
-    assert [name for name, _ in told] == ["started", "compensated", "compensated", "finished"]
+# --- the definition ---------------------------------------------------------------------------------------------------
 
 
 class Order(enum.Enum):

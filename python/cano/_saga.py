@@ -100,7 +100,11 @@ _REASON_LIMIT = 4096
 
 def _reason(error: BaseException) -> bytes:
     """Why a run failed, for its log: type and text."""
-    return _cut(f"{type(error).__qualname__}: {error}")
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's, and must not hold the roll-back up
+        text = "its text cannot be had"
+    return _cut(f"{type(error).__qualname__}: {text}")
 
 
 def _cut(text: str) -> bytes:
