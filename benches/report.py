@@ -22,7 +22,7 @@ Result = Mapping[str, Any]
 OURS = "cano"
 
 METHOD = (
-    "Times are CPU time of one operation, the median of all rounds; wall time of an import (new interpreter) and a durable row.",
+    "Times are CPU time of one operation, the median of all rounds; wall time of an import in a new interpreter and of a row.",
     "A ratio is the median of the ratios within each round, with their quartiles; best is that of the two fastest samples.",
     "The contenders of a row take turns, in random order, for 11 to 150 rounds in one process, garbage collector off.",
     'A verdict with "~" is a close one: the target lies between the quartiles, that of a time between best and upper quartile.',
