@@ -55,6 +55,35 @@ def run(name: str, *arguments: object, status: int = 0) -> str:
 # --- the short ones --------------------------------------------------------------------------------------------------
 
 OUTPUT = {
+    "saga_payment": """\
+        all is well
+          reserved one item
+          charged 42.00
+          shipped
+          Order.DONE
+          stock 2, charged 42.00
+        no courier
+          reserved one item
+          charged 42.00
+          refunded 42.00
+          put 1 item back
+          NoCourier: nobody drives today
+          stock 3, charged 0.00
+        a customer without patience
+          reserved one item
+          charged 42.00
+          refunded 42.00
+          put 1 item back
+          the customer went away
+          stock 3, charged 0.00
+        no courier, and no refund
+          reserved one item
+          charged 42.00
+          put 1 item back
+          NoCourier, and somebody has to look after:
+            charge of 42.00: GatewayDown
+          stock 3, charged 42.00
+        """,
     "hello": """\
         hello,
         world

@@ -1,5 +1,7 @@
 """`PostgresCheckpointStore` against a real server: what it promises while processes die, pause and race."""
 
+# ruff: noqa: S608 - the schemas of the tests are named here
+
 from __future__ import annotations
 
 import asyncio
@@ -30,9 +32,11 @@ from cano import (
     StoreOpenError,
     _postgres_sql as sql,
 )
+from cano.testing import checkpoint_store_suite
 from tests.postgres_server import MISSING, PostgresServer, find_programs
 
 asyncpg = pytest.importorskip("asyncpg")
+Writer = pytest.importorskip("cano._postgres_writer").Writer
 
 pytestmark = [pytest.mark.realtime, pytest.mark.skipif(find_programs() is None, reason=MISSING)]
 
@@ -112,6 +116,12 @@ async def taken_over(store, workflow_id, poll=0.02):
             return await store.claim(workflow_id)
         except RunClaimedError:
             await asyncio.sleep(poll)
+
+
+@pytest.mark.parametrize("check", checkpoint_store_suite(), ids=str)
+async def test_the_suite_for_checkpoint_stores(server, check):
+    """The store keeps what every checkpoint store promises."""
+    await check(lambda: PostgresCheckpointStore(server.dsn, schema="suite"))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -329,7 +339,7 @@ async def test_a_start_that_nobody_waits_for_is_forgotten(store, other, turns):
         await store.clear("run", fence=await task)
 
     async with asyncio.timeout(LEASE / 2):
-        while await other.list_runs():
+        while await other.list_runs():  # noqa: ASYNC110 - the database does not call back
             await asyncio.sleep(0.01)
 
 
@@ -542,7 +552,7 @@ async def test_a_new_owner_has_loaded_all_that_the_old_one_wrote(store, other, s
 def processes(command, server, schema, *arguments, count=1):
     script = Path(__file__).with_name("postgres_worker.py")
     return [
-        subprocess.Popen(
+        subprocess.Popen(  # noqa: S603 - our own script
             [sys.executable, str(script), command, server.dsn, schema, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -686,7 +696,7 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
     await store.append("run", cursor(1), fence=fence)
     if operation == "claim":
         await store.release("run", fence)
-    send, failures = type(store)._send, itertools.count()
+    send, failures = Writer._send, itertools.count()
 
     async def done_and_lost(self, connection, name, operations):
         answers = await send(self, connection, name, operations)
@@ -694,7 +704,7 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
             raise ConnectionResetError
         return answers
 
-    monkeypatch.setattr(PostgresCheckpointStore, "_send", done_and_lost)
+    monkeypatch.setattr(Writer, "_send", done_and_lost)
     match operation:
         case "start":
             await store.append("new", entry(0), fence=await store.start_run("new", workflow="test", version=1))
@@ -814,7 +824,7 @@ async def test_the_tables_are_made_once(server, schema):
 
 
 async def test_older_tables_are_brought_up_to_date(server, schema, monkeypatch):
-    """A schema of an earlier version is migrated in one transaction and keeps its runs; a step that fails leaves it as it was."""
+    """A schema of an earlier version is migrated in one transaction and keeps its runs; a step that fails changes nothing."""
     async with PostgresCheckpointStore(server.dsn, schema=schema) as store:
         await store.release("run", await begun(store, "run", 3))
     monkeypatch.setattr(sql, "VERSION", 3)
@@ -857,13 +867,13 @@ async def test_who_may_not_make_tables_is_told_so(server, schema):
         await connection.execute(f"CREATE ROLE {schema} LOGIN")
     dsn = server.dsn.replace("postgres@", f"{schema}@")
 
-    with pytest.raises(StoreOpenError, match="may not make them.*grant CREATE"):
+    with pytest.raises(StoreOpenError, match=r"may not make them.*grant CREATE"):
         await PostgresCheckpointStore(dsn, schema=schema).__aenter__()
 
 
 async def test_a_server_that_is_not_there_is_told_at_once(server):
     """The first connection fails fast, with an error that hides the password; the store can be used later."""
-    dsn = f"postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
+    dsn = "postgresql://me:secret@127.0.0.1:1/postgres?password=secret"
     store = PostgresCheckpointStore(dsn)
 
     for attempt in (begun(store, "run"), store.load_run("run"), store.__aenter__()):
@@ -884,7 +894,7 @@ def test_a_missing_driver_is_named():
         "except ImportError as error: print(error)"
     )
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
 
     assert done.stdout == "PostgresCheckpointStore needs asyncpg: install cano[postgres]\n"
 
@@ -892,16 +902,16 @@ def test_a_missing_driver_is_named():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"dsn": "sqlite:///file"}, "dsn must be an address that begins with postgresql://, got 'sqlite:///file'"),
-        ({"dsn": None}, "dsn must be an address"),
+        ({"dsn": "sqlite:///file"}, "dsn must begin with postgresql://, got 'sqlite:///file'"),
+        ({"dsn": None}, "dsn must be a text, got None"),
         ({"dsn": "mysql://me:secret@host"}, r"me:\*\*\*@host"),
         ({"schema": "a b"}, "schema must be a name of 1 to 63"),
         ({"schema": "pg_mine"}, "schema must not begin with pg_"),
         ({"schema": 'x"; DROP TABLE y; --'}, "schema must be a name"),
-        ({"lease": 0.1}, "lease must be 0.5 to 86400 seconds, got 0.1"),
-        ({"lease": None}, "lease must be"),
-        ({"beat": 10}, "beat must be 0.01 to 7.5 seconds, got 10"),
-        ({"batch": 0}, "batch must be an int from 1 to 4096, got 0"),
+        ({"lease": 0.1}, "lease must be at least 0.5 and at most 86400 seconds, got 0.1"),
+        ({"lease": None}, "lease must be seconds"),
+        ({"beat": 10}, "beat must be at least 0.01 and at most 7.5 seconds, got 10"),
+        ({"batch": 0}, "batch must be at least 1 and at most 4096, got 0"),
         ({"batch": True}, "batch must be an int"),
     ],
 )
@@ -909,3 +919,53 @@ def test_bad_arguments_are_refused(arguments, text):
     """What the store is made from is checked before anything is connected."""
     with pytest.raises(ConfigurationError, match=text):
         PostgresCheckpointStore(**({"dsn": "postgresql://localhost/db"} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda store: store.append("run", "row"), "row must be a CheckpointRow, got 'row'"),
+        (lambda store: store.append("run", entry(0), fence="1"), "fence must be an int, got '1'"),
+        (lambda store: store.append(" ", entry(0)), "must not be blank"),
+        (lambda store: store.append("a\nb", entry(0)), "must not hold control characters"),
+        (lambda store: store.load_run(7), "workflow_id must be a text, got 7"),
+        (lambda store: store.claim("x" * 257), "must be at most 256 bytes long"),
+        (lambda store: store.start_run("run", workflow="", version=1), "workflow must have 1 to 128 bytes, got 0"),
+        (lambda store: store.start_run("run", workflow=None, version=1), "workflow must be a text, got None"),
+        (lambda store: store.start_run("run", workflow="w", version=-1), "version must be at least 0"),
+        (lambda store: store.release("run", None), "fence must be an int, got None"),
+        (
+            lambda store: store.list_runs(status="running"),
+            "status must be a RunStatus, or an iterable of them, got 'running'",
+        ),
+        (lambda store: store.list_runs(limit=0), "limit must be at least 1 and at most 1000000, got 0"),
+        (lambda store: store.list_runs(older_than="1"), "older_than must be"),
+    ],
+)
+async def test_bad_values_are_refused(call, text):
+    """What an operation is asked for is checked before anything is sent."""
+    with pytest.raises(ConfigurationError, match=text):
+        await call(PostgresCheckpointStore("postgresql://nobody@127.0.0.1:1/db"))
+
+
+def test_a_store_belongs_to_one_loop_and_one_process(server, schema):
+    """A store is refused in another event loop, and in a child that was forked."""
+    store = PostgresCheckpointStore(server.dsn, schema=schema)
+    asyncio.run(_used_and_closed_later(store))
+
+    with pytest.raises(StoreFailedError, match="another event loop"):
+        asyncio.run(store.load_run("run"))
+    child = os.fork()
+    if child == 0:
+        try:
+            asyncio.run(store.load_run("run"))
+        except StoreFailedError as error:
+            os._exit(7 if error.reason == "forked" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+async def _used_and_closed_later(store):
+    await store.load_run("run")
+    await store._reader.aclose()

@@ -4,6 +4,8 @@ A workflow is a finite state machine: states, one task per state, exit states; a
 and join by strategy. Rust decides and drives; nothing Python runs per transition but the user's code.
 """
 
+from typing import TYPE_CHECKING
+
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
@@ -33,6 +35,7 @@ from ._core import (
     WindowPolicy,
     __version__,
 )
+from ._durable import recover_all
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
@@ -100,6 +103,9 @@ from ._resources import FromResources, HealthStatus, Res, Resource, Resources
 from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
+
+if TYPE_CHECKING:
+    from ._postgres import PostgresCheckpointStore as PostgresCheckpointStore
 
 __all__ = [
     "After",
@@ -206,6 +212,7 @@ __all__ = [
     "__version__",
     "configure",
     "in_thread",
+    "recover_all",
 ]
 
 

@@ -225,10 +225,11 @@ async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[
 
 def _read(definition: Definition, rows: list[CheckpointRow], workflow_id: str, table: _core.Table) -> _core.Resumed:
     """What the rows say, once it is sure that they are rows of this workflow."""
+    rows = sorted(rows, key=lambda row: row.sequence)
     if definition.migrate is not None:
         rows = [_migrated(definition.migrate, row) if definition.differs(row) else row for row in rows]
-        return _core.Resumed(workflow_id, rows, table.lasting)
-    newest = max(rows, key=lambda row: row.sequence)
+        return _core.Resumed(workflow_id, rows, table.passing)
+    newest = rows[-1]
     if newest.workflow_version != definition.version:
         raise WorkflowVersionError(
             f"run {show(workflow_id)} was begun by version {newest.workflow_version} of workflow {definition.name}, "
@@ -245,7 +246,7 @@ def _read(definition: Definition, rows: list[CheckpointRow], workflow_id: str, t
             newest.workflow_version,
             definition.version,
         )
-    return _core.Resumed(workflow_id, rows, table.lasting)
+    return _core.Resumed(workflow_id, rows, table.passing)
 
 
 def _migrated(migrate: Migration, row: CheckpointRow) -> CheckpointRow:
@@ -303,6 +304,9 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
     Returns:
         By the run's id the exit state that it reached, or the error that it ended with.
 
+    Raises:
+        ConfigurationError: `workflow` is none, `store` cannot list, or `limit` is no int of 1 or more.
+
     Cancellation: every run is cancelled and awaited.
 
     Example:
@@ -312,6 +316,10 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
         >>> asyncio.run(recover_all(workflow, InMemoryCheckpointStore()))
         {}
     """
+    if not hasattr(workflow, "resume_from"):
+        raise ConfigurationError(f"workflow must be a Workflow, got {show(workflow)}")
+    if not hasattr(store, "list_runs"):
+        raise ConfigurationError(f"store must be one that lists its runs, got {show(store)}")
     statuses = (RunStatus.Running, RunStatus.RollingBack)
     listed = await settled(store.list_runs(status=statuses, limit=limit))
     mine = [run.id for run in listed if run.workflow == workflow.name]

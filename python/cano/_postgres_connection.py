@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import random
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 try:
@@ -23,6 +25,11 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.InternalClientError,
 )
 _AGAIN: tuple[type[BaseException], ...] = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+
+_LONGEST_READ = 60.0
+"""Seconds that the answer to a question may take."""
 
 Verdict = Literal["lost", "again", "refused"]
 
@@ -49,6 +56,16 @@ def failed(error: BaseException, workflow_id: str | None = None) -> StoreFailedE
     return StoreFailedError(f"PostgreSQL failed: {text_of(error)}", workflow_id, reason=reason)
 
 
+def cannot_open(error: Exception, dsn: str) -> StoreOpenError:
+    """The error of cano for a store whose first connection fails."""
+    if isinstance(error, StoreOpenError):
+        return error
+    reason = "io" if verdict(error) == "lost" else "other"
+    found = StoreOpenError(f"cannot open {without_password(dsn)}: {text_of(error)}", reason)
+    found.__cause__ = error
+    return found
+
+
 def text_of(error: BaseException) -> str:
     """What an error says; its class where it says nothing."""
     return str(error) or type(error).__name__
@@ -58,6 +75,14 @@ def without_password(dsn: str) -> str:
     """The address as messages may show it."""
     hidden = re.sub(r"(?<=:)[^:/?#]*(?=@)", "***", dsn, count=1)
     return re.sub(r"(?i)(password=)[^&\s]*", r"\1***", hidden)
+
+
+def pauses(lease: float) -> Iterator[float]:
+    """Seconds before a lost connection is opened again: longer and longer, but several times a lease."""
+    pause = _FIRST_PAUSE
+    while True:
+        yield pause * random.uniform(0.5, 1.0)  # noqa: S311 - so that not all come back at once
+        pause = min(2 * pause, _LONGEST_PAUSE, lease / 8)
 
 
 class Connection:
@@ -83,7 +108,7 @@ class Connection:
             Exception: What asyncpg raises.
         """
         async with asyncio.timeout(limit):
-            opened = cls(await asyncpg.connect(dsn, timeout=limit, statement_cache_size=0), schema)
+            opened = cls(await asyncpg.connect(dsn, statement_cache_size=0), schema)
             try:
                 if settings:
                     await opened._connection.execute(settings)
@@ -111,7 +136,9 @@ class Connection:
         try:
             async with asyncio.timeout(1):
                 await self._connection.close()
-        except Exception:  # noqa: BLE001 - it is of no use any more
+        except Exception:  # noqa: BLE001, S110 - it is of no use any more
+            pass
+        finally:
             self.terminate()
 
     def terminate(self) -> None:
@@ -158,12 +185,73 @@ class Connection:
         return max(version, sql.VERSION)
 
 
+class Reader:
+    """A connection for one question at a time, opened when there is one."""
+
+    def __init__(self, dsn: str, schema: str, *, patience: float) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self._patience = patience
+        self._turn = asyncio.Lock()
+        self._connection: Connection | None = None
+
+    async def read(self, statement: str, *arguments: object, fails_fast: bool) -> list[Any]:
+        """What the statement returns; a connection that is lost is opened again for as long as the patience lasts.
+
+        Raises:
+            StoreOpenError: The tables cannot be used; if it `fails_fast`, also that the server cannot be reached.
+            StoreFailedError: The database failed, or could not be reached.
+        """
+        deadline = asyncio.get_running_loop().time() + self._patience
+        async with self._turn:
+            for pause in pauses(self._patience):
+                is_open = self._connection is not None
+                try:
+                    return await self._ask(statement, *arguments)
+                except Exception as error:
+                    if not is_open and fails_fast:
+                        raise cannot_open(error, self._dsn) from error
+                    if isinstance(error, StoreOpenError):
+                        raise
+                    if verdict(error) != "lost" or asyncio.get_running_loop().time() >= deadline:
+                        raise failed(error) from error
+                await asyncio.sleep(pause)
+        raise AssertionError("the pauses have no end")
+
+    async def _ask(self, statement: str, *arguments: object) -> list[Any]:
+        if self._connection is None:
+            self._connection = await Connection.open(self._dsn, self._schema, limit=self._patience / 2)
+        try:
+            return await self._connection.fetch(statement, *arguments, limit=_LONGEST_READ)
+        except BaseException as error:
+            if not isinstance(error, Exception) or verdict(error) == "lost":
+                self._connection.terminate()
+                self._connection = None
+            raise
+
+    async def aclose(self) -> None:
+        """Wait for the question under way, and disconnect."""
+        async with self._turn:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await connection.close()
+
+
 def _number(schema: str) -> int:
     """The key of the advisory lock."""
     return int.from_bytes(hashlib.sha256(f"cano {schema}".encode()).digest()[:8], "big", signed=True)
 
 
-def check_schema(schema: object) -> str:
+def check_dsn(dsn: Any) -> str:
+    """The address, if it is one."""
+    if not isinstance(dsn, str):
+        raise ConfigurationError(f"dsn must be a text, got {show(dsn)}")
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        raise ConfigurationError(f"dsn must begin with postgresql://, got {show(without_password(dsn))}")
+    return dsn
+
+
+def check_schema(schema: Any) -> str:
     """The name, if it can be one of a schema: PostgreSQL keeps 63 bytes, and pg_ is its own."""
     if not isinstance(schema, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", schema):
         rule = "a name of 1 to 63 letters, digits and underscores that does not begin with a digit"

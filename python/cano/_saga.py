@@ -133,7 +133,7 @@ async def roll_back(
             try:
                 await asyncio.wait((work.task(),))
             except asyncio.CancelledError as cancelled:
-                cancelled.__context__, leaving = leaving, cancelled
+                cancelled.__context__, leaving = error, cancelled  # not those between: an anyio scope makes many
         failed = work.failed
         if failed is None or isinstance(leaving, Exception):
             return failed or leaving
@@ -174,6 +174,7 @@ class _RollBack:
         self._orphans: list[Orphan] = []
         self._task: asyncio.Task[None] | None = None
         self.failed: CompensationFailedError | None = None
+        self._is_late = False
         self.is_over = False
 
     def task(self) -> asyncio.Task[None]:
@@ -233,10 +234,8 @@ class _RollBack:
         return True
 
     async def _undo_each(self, deadline: float) -> None:
-        while self._left:
-            if asyncio.get_running_loop().time() >= deadline:
-                self._give_up()
-                return
+        loop = asyncio.get_running_loop()
+        while self._left and loop.time() < deadline:
             step = self._left[-1]
             output, failure = await _undo(step, self._codec, deadline, self._limit)
             self._left.pop()
@@ -244,6 +243,9 @@ class _RollBack:
                 await self._tell(step)
             else:
                 self._orphan(step, output, failure)
+                self._is_late = loop.time() >= deadline
+        if self._left or self._is_late:
+            self._give_up()
 
     async def _tell(self, step: _core.Completion) -> None:
         if self._journal is None or step.sequence is None:
@@ -315,8 +317,9 @@ def _as_exception(what: str, error: BaseException) -> Exception:
     """What can be a member of a group: an Exception is, anything else is the cause of one."""
     if isinstance(error, Exception):
         return error
-    name = type(error).__name__
-    told = TaskExecutionError(f"panic: {error}" if name == "PanicException" else f"{what} ended with {name}")
+    kind = type(error)
+    is_panic = (kind.__module__, kind.__name__) == ("pyo3_runtime", "PanicException")
+    told = TaskExecutionError(f"panic: {error}" if is_panic else f"{what} ended with {kind.__name__}")
     told.__cause__ = error
     return told
 

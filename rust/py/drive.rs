@@ -18,7 +18,7 @@ use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
 use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{Handed, RunContext, arguments};
-use super::errors::{AttemptTimeoutError, CancelledError, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{AttemptTimeoutError, CancelledError, CheckpointError, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
 use super::log::{Log, Place};
 use super::route::tasks;
@@ -301,7 +301,13 @@ impl Drive {
         input: Option<Input<'py>>,
     ) -> PyResult<Flow<'py>> {
         let py = run.py();
+        let is_done = answer.call_method0(intern!(py, "done"))?.is_truthy()?;
+        let is_cancelled = is_done && answer.call_method0(intern!(py, "cancelled"))?.is_truthy()?;
         match input {
+            // What the answer is, it says itself.
+            Some(Input::Throw(error)) if is_cancelled || is_done && !error.is_instance_of::<CancelledError>(py) => {
+                drop(error);
+            }
             Some(Input::Throw(error)) if error.is_instance_of::<CancelledError>(py) => {
                 if let Some(earlier) = self.withheld.take() {
                     error.value(py).setattr(intern!(py, "__context__"), earlier.into_value(py))?;
@@ -311,12 +317,16 @@ impl Drive {
             Some(Input::Throw(error)) => return Err(error),
             Some(Input::Send(_)) | None => {}
         }
-        if !answer.call_method0(intern!(py, "done"))?.is_truthy()? {
+        if !is_done {
             let waiting = Asyncio::of(py)?.wait_for(&answer)?;
             self.suspended(run)?;
             return Ok(Flow::Suspend(waiting, Phase::Log(answer.unbind(), after)));
         }
-        let answer = answer.call_method0(intern!(py, "result"));
+        let answer = if is_cancelled {
+            Err(CheckpointError::new_err("the store has dropped a row on its way"))
+        } else {
+            answer.call_method0(intern!(py, "result"))
+        };
         let mut sequence = None;
         if let Some(log) = run.get().durable() {
             match &answer {

@@ -31,16 +31,16 @@ pub(super) struct Resumed {
 
 #[pymethods]
 impl Resumed {
-    /// Reads the rows of a run; `lasting` has the states that a run can be resumed in.
+    /// Reads the rows of a run; `passing` has the states that a run cannot be resumed in.
     #[new]
-    #[pyo3(signature = (workflow_id, rows, lasting, /))]
-    fn new(workflow_id: &str, rows: Vec<Bound<'_, PyRow>>, lasting: Vec<String>) -> PyResult<Self> {
+    #[pyo3(signature = (workflow_id, rows, passing, /))]
+    fn new(workflow_id: &str, rows: Vec<Bound<'_, PyRow>>, passing: Vec<String>) -> PyResult<Self> {
         let py_error = |error: crate::core::error::Error| ConfigurationError::new_err(error.to_string());
         let id = WorkflowId::new(workflow_id).map_err(py_error)?;
         let mut rows: Vec<Row> = rows.iter().map(|row| row.get().0.clone()).collect();
         rows.sort_by_key(|row| row.sequence);
         check_log(&id, &rows)?;
-        let found = Resumption::of(&rows, |state| lasting.iter().any(|lasts| lasts == state));
+        let found = Resumption::of(&rows, |state| !passing.iter().any(|passes| passes == state));
         let Some((found, last)) = found.zip(rows.last()) else {
             return Err(ConfigurationError::new_err("rows must not be empty"));
         };

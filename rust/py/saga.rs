@@ -173,7 +173,8 @@ impl Drive {
         Ok(())
     }
 
-    /// What a compensatable task returned: the next state, and its output.
+    /// What a compensatable task returned: the next state, and its output. If that is refused the run ends, whatever
+    /// `on_error` says.
     pub(super) fn compensatable<'py>(
         &mut self,
         run: &Bound<'py, Run>,
@@ -186,7 +187,8 @@ impl Drive {
                 self.place(run)?,
                 value.get_type().qualname()?
             ));
-            return Err(self.failed(run, self.task(run), error));
+            let error = self.failed(run, self.task(run), error);
+            return self.unwind(run, error);
         };
         let step = self.completion(run, &task, pair.get_item(1)?.unbind());
         match self.route(run, &pair.get_item(0)?) {
@@ -225,7 +227,7 @@ impl Drive {
         self.roll_back(run, error)
     }
 
-    /// A compensatable step is done, and what it returned is refused: it is undone with the others, whatever `on_error` says.
+    /// A compensatable step is done, and what it returned is refused: it is undone with the others.
     pub(super) fn rejected<'py>(
         &mut self,
         run: &Bound<'py, Run>,

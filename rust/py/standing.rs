@@ -21,6 +21,7 @@ pub(super) struct PyStanding {
 #[pymethods]
 impl PyStanding {
     #[new]
+    #[pyo3(signature = (workflow_id, status, owner, until, fence, next_sequence, kept_rows, kept_bytes, /))]
     #[allow(clippy::too_many_arguments, reason = "the columns of a run")]
     fn new(
         workflow_id: &Bound<'_, PyAny>,
@@ -47,17 +48,20 @@ impl PyStanding {
         Ok(Self { id, standing })
     }
 
+    #[pyo3(signature = (now, /))]
     fn start(&self, py: Python<'_>, now: u64) -> PyResult<()> {
         self.answer(py, Err(self.standing.start(now)))
     }
 
     /// Returns the status once it is claimed.
+    #[pyo3(signature = (now, /))]
     fn claim(&self, py: Python<'_>, now: u64) -> PyResult<&'static str> {
         self.answer(py, self.standing.claim(now).map(RunStatus::name))
     }
 
     /// `there`: the bytes that are stored at the place of the row already, if any are.
     /// Returns the status after the row.
+    #[pyo3(signature = (fence, row, data, there, /))]
     fn append(
         &self,
         py: Python<'_>,
@@ -77,14 +81,17 @@ impl PyStanding {
     }
 
     /// After `append` has found nothing: the row says that it takes the place of one that is not there.
+    #[pyo3(signature = (sequence, /))]
     fn misplaced(&self, py: Python<'_>, sequence: u64) -> PyResult<()> {
         self.answer(py, Err(Refusal::Misplaced { sequence }))
     }
 
+    #[pyo3(signature = (fence, /))]
     fn release(&self, py: Python<'_>, fence: u64) -> PyResult<()> {
         self.answer(py, self.standing.release(Fence(fence)))
     }
 
+    #[pyo3(signature = (fence, now, /))]
     fn clear(&self, py: Python<'_>, fence: Option<u64>, now: u64) -> PyResult<()> {
         self.answer(py, self.standing.clear(fence.map(Fence), now))
     }
@@ -112,6 +119,7 @@ pub(super) fn rules_of_claims() -> Vec<(&'static str, &'static str, &'static str
 
 /// The bytes to store under the id, within the limits of a store.
 #[pyfunction]
+#[pyo3(signature = (workflow_id, row, /))]
 pub(super) fn encode_within_limits<'py>(
     py: Python<'py>,
     workflow_id: &Bound<'py, PyAny>,
@@ -122,6 +130,7 @@ pub(super) fn encode_within_limits<'py>(
 
 /// The rows of a run from what was stored, in ascending order; `next_sequence` is the sequence of the row to come.
 #[pyfunction]
+#[pyo3(signature = (workflow_id, stored, next_sequence, /))]
 pub(super) fn decode_log(
     workflow_id: &Bound<'_, PyAny>,
     stored: Vec<(u64, Bound<'_, PyBytes>)>,
@@ -142,12 +151,14 @@ pub(super) fn decode_log(
 
 /// A refusal if this is no id of a run.
 #[pyfunction]
+#[pyo3(signature = (workflow_id, /))]
 pub(super) fn check_workflow_id(workflow_id: &Bound<'_, PyAny>) -> PyResult<()> {
     id_of(workflow_id).map(drop)
 }
 
 /// A fence as a signed column holds it: one that is larger was never drawn, and neither was the largest.
 #[pyfunction]
+#[pyo3(signature = (fence, /))]
 pub(super) fn check_fence(fence: &Bound<'_, PyAny>) -> PyResult<u64> {
     Ok(fence_of(fence)?.0.min(i64::MAX as u64))
 }

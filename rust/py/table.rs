@@ -472,10 +472,10 @@ impl Table {
         })
     }
 
-    /// The labels of the states that a run can be resumed in: the others take what only the step before them can give.
+    /// The labels of the states that a run cannot be resumed in: they take what only the step before them can give.
     #[getter]
-    fn lasting(&self, py: Python<'_>) -> Vec<String> {
-        self.states.iter().filter(|state| state.lasts()).map(|state| state.label.bind(py).to_string()).collect()
+    fn passing(&self, py: Python<'_>) -> Vec<String> {
+        self.states.iter().filter(|state| !state.lasts()).map(|state| state.label.bind(py).to_string()).collect()
     }
 
     /// The states by their labels.
