@@ -1167,6 +1167,64 @@ async def test_roll_back_whose_own_task_is_cancelled_goes_on():
     assert log == ["a", "b", "c", "undo c 1", "undo b 1", "undo a 1"]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+async def test_compensation_that_cancels_itself(waits):
+    """A compensation that cancels its own task is tried once more, and then reported; the others run."""
+    log = []
+
+    class Cancels(Step):
+        async def compensate(self, _output):
+            log.append("cancels")
+            asyncio.current_task().cancel()
+            if waits:
+                await asyncio.sleep(60)
+            else:
+                raise asyncio.CancelledError
+
+    workflow = Workflow().register_with_compensation("a", Step(log, "a", "b"))
+    workflow.register_with_compensation("b", Cancels(log, "b", "c")).register("c", boom).add_exit_state("done")
+
+    error = await failure(workflow)
+
+    assert log == ["a", "b", "cancels", "cancels", "undo a 1"]
+    assert str(error.exceptions[1]) == "the compensation of task b in state b was cancelled twice"
+
+
+async def test_run_closed_during_its_roll_back():
+    """Closing a run that is being rolled back cannot wait for it: the roll-back goes on by itself."""
+    log = []
+    coroutine = chain(log, "ab", boom, b={"undoing_takes": TICK}).orchestrate("a")
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(3 * TICK)
+
+    assert log == ["a", "b", "undo b 1", "undo a 1"]
+
+
+@pytest.mark.parametrize("strategy", [JoinStrategy.All, JoinStrategy.Any])
+async def test_saga_of_a_run_inside_a_branch(strategy):
+    """A branch may run a workflow of its own that has compensatable tasks: that run is rolled back inside the branch."""
+    log, after = [], []
+    failing, waiting = chain(log, "ab", boom), chain(log, "xy", forever, y={"undoing_takes": TICK})
+
+    async def quick():
+        await asyncio.sleep(TICK)
+
+    branches = [lambda: failing.orchestrate("a"), lambda: waiting.orchestrate("x"), quick]
+    join = JoinConfig(strategy, "after", fail_fast=strategy == JoinStrategy.All)
+    workflow = (
+        Workflow().register_split("split", branches, join).register("after", lambda: after.append(len(log)) or "done")
+    )
+    workflow.add_exit_state("done")
+
+    if strategy == JoinStrategy.All:
+        assert isinstance(await failure(workflow, "split"), JoinError)
+    else:
+        assert await workflow.orchestrate("split") == "done"
+        assert after == [8]
+    assert Counter(log) == Counter(["a", "b", "x", "y", *(f"undo {name} 1" for name in "abxy")])
+
+
 def test_roll_back_at_the_end_of_asyncio_run():
     """`asyncio.run` cancels what is alive when its function ends, and waits: the steps of a run left alone are undone."""
     log = []

@@ -174,6 +174,7 @@ class _RollBack:
         self._orphans: list[Orphan] = []
         self._task: asyncio.Task[None] | None = None
         self.failed: CompensationFailedError | None = None
+        self._interrupted: _core.Completion | None = None
         self._is_late = False
         self.is_over = False
 
@@ -237,7 +238,14 @@ class _RollBack:
         loop = asyncio.get_running_loop()
         while self._left and loop.time() < deadline:
             step = self._left[-1]
-            output, failure = await _undo(step, self._codec, deadline, self._limit)
+            try:
+                output, failure = await _undo(step, self._codec, deadline, self._limit)
+            except asyncio.CancelledError:
+                # Somebody cancels tasks that are not his: it is done again, in another one; but not for ever.
+                if self._interrupted is not step:
+                    self._interrupted = step
+                    raise
+                output, failure = step.output, _not_undone(step, "was cancelled twice")
             self._left.pop()
             if failure is None:
                 await self._tell(step)
@@ -277,7 +285,7 @@ class _RollBack:
     def _leave(self, failure: Exception, why: str = "was not begun: the roll-back could not be recorded") -> None:
         while self._left:
             step = self._left.pop()
-            self._orphan(step, step.output, OrphanedStepError(f"the compensation of {_place(step)} {why}"))
+            self._orphan(step, step.output, _not_undone(step, why))
         self._failures.append(failure)
 
 
@@ -296,15 +304,18 @@ async def _undo(step: _core.Completion, codec: Codec, deadline: float, limit: fl
             await outcome(step.undo(output))
     except BaseException as error:
         if _is_cancelled(error):
-            raise  # by somebody who cancels tasks that are not his: it is done again, in another one
+            raise
         if not (isinstance(error, TimeoutError) and scope.expired()):
             return output, _as_exception(f"the compensation of {_place(step)}", error)
         if due < deadline:
             text = f"the compensation took longer than its attempt_timeout of {step.limit} s"
             return output, AttemptTimeoutError(text, step.limit or 0.0)
-        text = f"was stopped: the compensation timeout of {limit} s was used up"
-        return output, OrphanedStepError(f"the compensation of {_place(step)} {text}")
+        return output, _not_undone(step, f"was stopped: the compensation timeout of {limit} s was used up")
     return output, None
+
+
+def _not_undone(step: _core.Completion, why: str) -> OrphanedStepError:
+    return OrphanedStepError(f"the compensation of {_place(step)} {why}")
 
 
 def _is_cancelled(error: BaseException) -> bool:

@@ -30,18 +30,18 @@ pub(super) struct Completion {
     env: Py<Env>,
     /// The state; one that the workflow no longer has goes by its label.
     state: Py<PyAny>,
-    index: Option<usize>,
+    pub(super) index: Option<usize>,
     #[pyo3(get)]
-    task: Py<PyString>,
+    pub(super) task: Py<PyString>,
     #[pyo3(get)]
-    visit: u32,
+    pub(super) visit: u32,
     /// What the step returned, or its bytes.
-    output: Py<PyAny>,
+    pub(super) output: Py<PyAny>,
     #[pyo3(get)]
     is_stored: bool,
     /// The number of its row in the log.
     #[pyo3(get)]
-    sequence: Option<u64>,
+    pub(super) sequence: Option<u64>,
     /// Its task, if that can still undo it.
     spec: Option<Py<TaskSpec>>,
 }
