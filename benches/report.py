@@ -22,7 +22,7 @@ Result = Mapping[str, Any]
 OURS = "cano"
 
 METHOD = (
-    "Times are CPU time of one operation, the median of all rounds; an import is wall time, in a new interpreter.",
+    "Times are CPU time of one operation, the median of all rounds; wall time of an import in a new interpreter and of a row.",
     "A ratio is the median of the ratios within each round, with their quartiles; best is that of the two fastest samples.",
     "The contenders of a row take turns, in random order, for 11 to 150 rounds in one process, garbage collector off.",
     'A verdict with "~" is a close one: the target lies between the quartiles, that of a time between best and upper quartile.',
@@ -40,6 +40,7 @@ SECTIONS = {
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
+    "checkpoints": "a durable row in an SQLite file, wall time",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
@@ -96,6 +97,10 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("added to a call, beside purgatory", "purgatory"): Target("faster", 8),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
+    ("durable row, 1,000 runs in flight", "a commit each"): Target("faster", 8),
+    ("durable row, nobody else waiting", OURS): Target("own", 200e-6),
+    ("durable row, nobody else waiting", "a commit each"): Target("time", 2.5),
+    ("log of 10,000 rows, read", OURS): Target("own", 50e-3),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),
 }
 

@@ -65,6 +65,7 @@ from cano import (
     WindowPolicy,
     Workflow,
     in_thread,
+    recover_all,
     testing,
 )
 
@@ -80,6 +81,10 @@ def start():
 
 def simple(task=start, **options):
     return Workflow(**options).register(S.START, task).add_exit_state(S.DONE)
+
+
+def durable():
+    return simple().with_checkpoint_store(InMemoryCheckpointStore())
 
 
 ALL = JoinConfig(JoinStrategy.All, S.DONE)
@@ -1163,6 +1168,33 @@ WALK = {
     "Workflow.register_with_compensation.register_before": (
         "register_before",
         lambda value: compensatable(register_before=value),
+    ),
+    "Workflow.discard.workflow_id": ("workflow_id", lambda value: testing.run(durable().discard(value))),
+    "Workflow.orchestrate.data": ("data", lambda value: orchestrated(data=value)),
+    "Workflow.resume_from.workflow_id": ("workflow_id|not there", lambda value: testing.run(durable().resume_from(value))),
+    "Workflow.resume_from.resources": (
+        "resources|not there",
+        lambda value: testing.run(durable().resume_from("1", resources=value)),
+    ),
+    "Workflow.resume_from.timeout": (
+        "timeout|not there",
+        lambda value: testing.run(durable().resume_from("1", timeout=value)),
+    ),
+    "Workflow.start.data": ("data", lambda value: starting(data=value)),
+    "Workflow.with_checkpoint_store.store": ("store", lambda value: Workflow().with_checkpoint_store(value)),
+    "Workflow.with_checkpoint_store.codec": (
+        "codec",
+        lambda value: Workflow().with_checkpoint_store(InMemoryCheckpointStore(), codec=value),
+    ),
+    "Workflow.with_data.data": ("data", lambda value: Workflow().with_data(value)),
+    "Workflow.with_migration.migrate": ("migrate", lambda value: Workflow().with_migration(value)),
+    "Workflow.with_recovery_limit.limit": ("limit", lambda value: Workflow().with_recovery_limit(value)),
+    "Workflow.with_workflow_version.version": ("version", lambda value: Workflow().with_workflow_version(value)),
+    "recover_all.workflow": ("workflow", lambda value: testing.run(recover_all(value, InMemoryCheckpointStore()))),
+    "recover_all.store": ("store", lambda value: testing.run(recover_all(durable(), value))),
+    "recover_all.limit": (
+        "limit",
+        lambda value: testing.run(recover_all(durable(), InMemoryCheckpointStore(), limit=value)),
     ),
     "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
     "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),

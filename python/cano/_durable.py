@@ -304,6 +304,9 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
     Returns:
         By the run's id the exit state that it reached, or the error that it ended with.
 
+    Raises:
+        ConfigurationError: `workflow` is none, `store` cannot list, or `limit` is no int of 1 or more.
+
     Cancellation: every run is cancelled and awaited.
 
     Example:
@@ -313,6 +316,10 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
         >>> asyncio.run(recover_all(workflow, InMemoryCheckpointStore()))
         {}
     """
+    if not hasattr(workflow, "resume_from"):
+        raise ConfigurationError(f"workflow must be a Workflow, got {show(workflow)}")
+    if not hasattr(store, "list_runs"):
+        raise ConfigurationError(f"store must be one that lists its runs, got {show(store)}")
     statuses = (RunStatus.Running, RunStatus.RollingBack)
     listed = await settled(store.list_runs(status=statuses, limit=limit))
     mine = [run.id for run in listed if run.workflow == workflow.name]
