@@ -207,6 +207,7 @@ async def test_text_of_an_error_cannot_stop_a_roll_back():
 
 async def test_cancelled_run_is_rolled_back_in_its_log():
     """Cancels, how ever many, stop neither the roll-back nor its rows."""
+    # CN-022, D09
     log, store = [], Log()
     task = asyncio.create_task(start(saga(log, store, lambda: asyncio.sleep(1e6))))
     while len(store.all) < 7:  # noqa: ASYNC110 - a store has no event for it
@@ -219,6 +220,25 @@ async def test_cancelled_run_is_rolled_back_in_its_log():
     assert task.cancelled()
     assert log == ["a", "b", "c", *ALL_UNDONE]
     assert store.told()[-1] == "finished last"
+    assert store.rows == {}
+
+
+async def test_cancelled_run_with_nothing_done_can_be_resumed():
+    """A cancel with nothing to undo keeps the log, and the run goes on where it was."""
+    # CN-022
+    store = Log()
+
+    def waiting(seconds):
+        workflow = Workflow().register("a", lambda: asyncio.sleep(seconds, "done")).add_exit_state("done")
+        return workflow.with_checkpoint_store(store)
+
+    task = asyncio.create_task(start(waiting(1e6)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait((task,))
+
+    assert (task.cancelled(), store.told()) == (True, ["state entry a"])
+    assert await waiting(0).resume_from("1") == "done"
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
