@@ -23,6 +23,7 @@ OURS = "cano"
 
 METHOD = (
     "Times are CPU time of one operation, the median of all rounds; an import is wall time, in a new interpreter.",
+    "What PostgreSQL does is wall time, with a server on the same machine that waits for its disk.",
     "A ratio is the median of the ratios within each round, with their quartiles; best is that of the two fastest samples.",
     "The contenders of a row take turns, in random order, for 11 to 150 rounds in one process, garbage collector off.",
     'A verdict with "~" is a close one: the target lies between the quartiles, that of a time between best and upper quartile.',
@@ -40,6 +41,7 @@ SECTIONS = {
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
+    "postgres": "durable runs in PostgreSQL",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
@@ -94,6 +96,8 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("added to a call, beside pybreaker", "pybreaker"): Target("faster", 8),
     ("added to a call, beside aiobreaker", "aiobreaker"): Target("faster", 8),
     ("added to a call, beside purgatory", "purgatory"): Target("faster", 8),
+    ("fenced append, 64 runs in flight", "pool of 16, a transaction each"): Target("faster", 4),
+    ("take-over of a killed worker, lease 2 s", OURS): Target("own", 2.5),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),
