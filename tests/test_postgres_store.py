@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ Writer = pytest.importorskip("cano._postgres_writer").Writer
 pytestmark = [pytest.mark.realtime, pytest.mark.skipif(find_programs() is None, reason=MISSING)]
 
 LEASE = 2.0
+MANUAL = (Path(__file__).parent.parent / "docs" / "postgres.md").read_text(encoding="utf-8")
 _numbers = itertools.count(1)
 
 
@@ -884,6 +886,36 @@ async def test_a_server_that_is_not_there_is_told_at_once(server):
         assert "127.0.0.1:1" in str(refused.value)
     assert "secret" not in repr(store)
     await store.aclose()
+
+
+async def test_a_user_with_the_rights_of_the_manual_can_use_the_tables(server, schema, store):
+    """The rights that docs/postgres.md names are enough for all but making the tables."""
+    await begun(store, "run")
+    async with raw(server) as connection:
+        await connection.execute(f"CREATE ROLE {schema} LOGIN")
+        for grant in re.findall(r"^GRANT .*$", MANUAL, re.MULTILINE):
+            await connection.execute(
+                grant.replace("SCHEMA cano", f"SCHEMA {schema}").replace("TO orders", f"TO {schema}")
+            )
+
+    async with PostgresCheckpointStore(server.dsn.replace("postgres@", f"{schema}@"), schema=schema) as second:
+        fence = await begun(second, "second")
+        await second.append("second", cursor(1), fence=fence)
+        await second.append("second", cursor(2, 1), fence=fence)
+        await second.release("second", fence)
+        await second.clear("second")
+        assert [run.id for run in await second.list_runs()] == ["run"]
+
+
+def test_the_manual_is_true(server):
+    """The examples of docs/postgres.md run, one after the other."""
+    examples = re.findall(r"^```py\n(.*?)^```$", MANUAL, re.MULTILINE | re.DOTALL)
+    namespace = {}
+
+    for example in examples:
+        exec(example.replace("postgresql://orders:secret@db.internal:5432/orders", server.dsn), namespace)  # noqa: S102
+
+    assert len(examples) == 2
 
 
 def test_a_missing_driver_is_named():
