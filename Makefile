@@ -76,7 +76,7 @@ wheel: $(READY) ## Build the wheel for this Python into dist/
 
 lock: $(PY) ## Resolve requirements-dev.txt and Cargo.lock anew
 	$(PY) -m pip install uv
-	$(PY) -m uv pip compile --group dev --universal --python-version 3.11 --upgrade --quiet \
+	$(PY) -m uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade --quiet \
 		--custom-compile-command "make lock" --output-file requirements-dev.txt
 	cargo update
 

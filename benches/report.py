@@ -22,8 +22,7 @@ Result = Mapping[str, Any]
 OURS = "cano"
 
 METHOD = (
-    "Times are CPU time of one operation, the median of all rounds; an import is wall time, in a new interpreter.",
-    "What PostgreSQL does is wall time, with a server on the same machine that waits for its disk.",
+    "Times are CPU time of one operation, the median of all rounds; wall time of an import in a new interpreter and of a row.",
     "A ratio is the median of the ratios within each round, with their quartiles; best is that of the two fastest samples.",
     "The contenders of a row take turns, in random order, for 11 to 150 rounds in one process, garbage collector off.",
     'A verdict with "~" is a close one: the target lies between the quartiles, that of a time between best and upper quartile.',
@@ -41,7 +40,8 @@ SECTIONS = {
     "splits_uvloop": "one branch of a split, on uvloop",
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
-    "postgres": "durable runs in PostgreSQL",
+    "checkpoints": "a durable row in an SQLite file, wall time",
+    "postgres": "durable rows in PostgreSQL, on this machine, wall time",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
@@ -100,6 +100,10 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("take-over of a killed worker, lease 2 s", OURS): Target("own", 2.5),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
+    ("durable row, 1,000 runs in flight", "a commit each"): Target("faster", 8),
+    ("durable row, nobody else waiting", OURS): Target("own", 200e-6),
+    ("durable row, nobody else waiting", "a commit each"): Target("time", 2.5),
+    ("log of 10,000 rows, read", OURS): Target("own", 50e-3),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),
 }
 

@@ -14,6 +14,9 @@ from cano import Bulkhead, JoinConfig, JoinStrategy, Workflow
 API = Bulkhead(3, name="api")
 
 
+made: list[tuple[float, str, float]] = []
+
+
 class State(Enum):
     CALL = auto()
     DONE = auto()
@@ -23,7 +26,7 @@ async def call(what: str, start: float) -> None:
     loop = asyncio.get_running_loop()
     begin = loop.time() - start
     await asyncio.sleep(0.2)  # a request in real life
-    print(f"{what:9}  {begin:.1f} s to {loop.time() - start:.1f} s  {' ' * round(20 * begin)}####")
+    made.append((round(begin, 1), what, round(loop.time() - start, 1)))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ async def run_both() -> None:
         group.create_task(workflow("order", 6).orchestrate(State.CALL))
         group.create_task(workflow("invoice", 3).orchestrate(State.CALL))
         group.create_task(check(start))
+    for begin, what, end in sorted(made):
+        print(f"{what:9}  {begin:.1f} s to {end:.1f} s  {' ' * round(20 * begin)}####")
     print(API)
 
 

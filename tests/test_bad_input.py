@@ -5,10 +5,12 @@ import contextlib
 import enum
 import inspect
 import math
+import tempfile
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -19,17 +21,21 @@ from cano import (
     BatchTask,
     Bulkhead,
     CanoError,
+    CheckpointRow,
     CircuitBreaker,
     CircuitPolicy,
+    CompensatableTask,
     ConfigurationError,
     Continue,
     Done,
     DuplicateResourceError,
     FromResources,
     HealthStatus,
+    InMemoryCheckpointStore,
     ItemErrorPolicy,
     JoinConfig,
     JoinStrategy,
+    JsonCodec,
     MemoryStore,
     More,
     MultiRateLimiter,
@@ -46,6 +52,8 @@ from cano import (
     ResourceTypeError,
     RetryAfter,
     RetryMode,
+    RowKind,
+    SqliteCheckpointStore,
     Stop,
     StreamWindow,
     Task,
@@ -57,6 +65,7 @@ from cano import (
     WindowPolicy,
     Workflow,
     in_thread,
+    recover_all,
     testing,
 )
 
@@ -72,6 +81,10 @@ def start():
 
 def simple(task=start, **options):
     return Workflow(**options).register(S.START, task).add_exit_state(S.DONE)
+
+
+def durable():
+    return simple().with_checkpoint_store(InMemoryCheckpointStore())
 
 
 ALL = JoinConfig(JoinStrategy.All, S.DONE)
@@ -811,7 +824,109 @@ def starting(**options):
 
 
 # For each parameter: the words by which a refusal may name it, and a call that gives it a value.
+class Reserve(CompensatableTask):
+    name = "reserve"
+
+    def run(self):
+        return S.DONE, None
+
+    def compensate(self, output):
+        pass
+
+
+def compensatable(state=S.START, task=None, **options):
+    return Workflow().register_with_compensation(state, task or Reserve(), **options)
+
+
+def parameters_of(function):
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in ("self", "cls") and not name.startswith("_")]
+
+
+def checkpoint(**field):
+    CheckpointRow(**{"sequence": 3, "kind": RowKind.StateEntry, "state": "START"} | field)
+
+
+def checkpoints(use):
+    """What a checkpoint store in memory does."""
+
+    async def main():
+        await use(InMemoryCheckpointStore())
+
+    testing.run(main())
+
+
+def file_checkpoints(use=None, path="runs.db", **options):
+    """The same of one in a file, in a folder of its own."""
+
+    async def main():
+        async with SqliteCheckpointStore(path, **options) as store:
+            if use:
+                await use(store)
+
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder, contextlib.chdir(folder):
+        testing.run(main())
+
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - where a disk costs nothing
+ENTRY = CheckpointRow(0, RowKind.StateEntry, "START")
+
+
+def walk_of_store(name, checkpoints):
+    """What both checkpoint stores have in common; that there is no such run also names it."""
+
+    def walk(use):
+        return lambda value: checkpoints(lambda store: use(store, value))
+
+    return {
+        f"{name}.start_run.workflow_id": ("workflow_id", walk(lambda s, v: s.start_run(v, workflow="w", version=1))),
+        f"{name}.start_run.workflow": ("workflow", walk(lambda s, v: s.start_run("x", workflow=v, version=1))),
+        f"{name}.start_run.version": ("version", walk(lambda s, v: s.start_run("x", workflow="w", version=v))),
+        f"{name}.claim.workflow_id": ("workflow_id|run", walk(lambda s, v: s.claim(v))),
+        f"{name}.append.workflow_id": ("workflow_id", walk(lambda s, v: s.append(v, ENTRY))),
+        f"{name}.append.row": ("row", walk(lambda s, v: s.append("x", v))),
+        f"{name}.append.fence": ("fence|run", walk(lambda s, v: s.append("x", ENTRY, fence=v))),
+        f"{name}.load_run.workflow_id": ("workflow_id", walk(lambda s, v: s.load_run(v))),
+        f"{name}.clear.workflow_id": ("workflow_id", walk(lambda s, v: s.clear(v))),
+        f"{name}.clear.fence": ("fence", walk(lambda s, v: s.clear("x", fence=v))),
+        f"{name}.release.workflow_id": ("workflow_id|run", walk(lambda s, v: s.release(v, 1))),
+        f"{name}.release.fence": ("fence|run", walk(lambda s, v: s.release("x", v))),
+        f"{name}.release.stopped": ("stopped|run", walk(lambda s, v: s.release("x", 1, stopped=v))),
+        f"{name}.list_runs.status": ("status", walk(lambda s, v: s.list_runs(status=v))),
+        f"{name}.list_runs.older_than": ("older_than", walk(lambda s, v: s.list_runs(older_than=v))),
+        f"{name}.list_runs.limit": ("limit", walk(lambda s, v: s.list_runs(limit=v))),
+    }
+
+
 WALK = {
+    **walk_of_store("InMemoryCheckpointStore", checkpoints),
+    **walk_of_store("SqliteCheckpointStore", file_checkpoints),
+    "InMemoryCheckpointStore.max_blob": ("max_blob", lambda value: InMemoryCheckpointStore(max_blob=value)),
+    "InMemoryCheckpointStore.max_rows": ("max_rows", lambda value: InMemoryCheckpointStore(max_rows=value)),
+    "InMemoryCheckpointStore.max_bytes": ("max_bytes", lambda value: InMemoryCheckpointStore(max_bytes=value)),
+    "SqliteCheckpointStore.path": ("path|the store", lambda value: file_checkpoints(path=value)),
+    "SqliteCheckpointStore.lease": ("lease", lambda value: file_checkpoints(lease=value)),
+    "SqliteCheckpointStore.max_blob": ("max_blob", lambda value: file_checkpoints(max_blob=value)),
+    "SqliteCheckpointStore.max_rows": ("max_rows", lambda value: file_checkpoints(max_rows=value)),
+    "SqliteCheckpointStore.max_bytes": ("max_bytes", lambda value: file_checkpoints(max_bytes=value)),
+    "SqliteCheckpointStore.allow_insecure_path": (
+        "allow_insecure_path",
+        lambda value: file_checkpoints(allow_insecure_path=value),
+    ),
+    **{
+        f"CheckpointRow.{field}": (field, lambda value, field=field: checkpoint(**{field: value}))
+        for field in parameters_of(CheckpointRow)
+    },
+    "CheckpointRow.encode.workflow_id": ("workflow_id", ENTRY.encode),
+    "CheckpointRow.decode.workflow_id": (
+        "workflow_id|run",
+        lambda value: CheckpointRow.decode(value, 0, ENTRY.encode("x")),
+    ),
+    "CheckpointRow.decode.sequence": (
+        "sequence|row",
+        lambda value: CheckpointRow.decode("x", value, ENTRY.encode("x")),
+    ),
+    "CheckpointRow.decode.data": ("data|row", lambda value: CheckpointRow.decode("x", 0, value)),
     "CircuitBreaker.failure_threshold": ("failure_threshold", CircuitBreaker),
     "CircuitBreaker.reset_timeout": ("reset_timeout", lambda value: CircuitBreaker(5, value)),
     "CircuitBreaker.half_open_max_calls": ("half_open_max_calls", lambda value: CircuitBreaker(5, 30, value)),
@@ -871,6 +986,9 @@ WALK = {
     "HealthStatus.Degraded.reason": ("reason", HealthStatus.Degraded),
     "HealthStatus.Unhealthy.reason": ("reason", HealthStatus.Unhealthy),
     "ItemErrorPolicy.Retry.retries": ("retries", ItemErrorPolicy.Retry),
+    "JsonCodec.encode.value": ("value", JsonCodec().encode),
+    "JsonCodec.decode.data": ("read", lambda value: JsonCodec().decode(value, int)),
+    "JsonCodec.decode.type_": ("type", lambda value: JsonCodec().decode(b"1", value)),
     "JoinConfig.strategy": ("strategy", lambda value: JoinConfig(value, S.DONE)),
     "JoinConfig.next_state": ("next_state", lambda value: JoinConfig(JoinStrategy.All, value)),
     "JoinConfig.timeout": ("timeout", lambda value: JoinConfig(JoinStrategy.All, S.DONE, timeout=value)),
@@ -1040,6 +1158,44 @@ WALK = {
         "config",
         lambda value: Workflow().register_stream(S.START, Items(), config=value),
     ),
+    "Workflow.register_with_compensation.state": ("state", lambda value: defined(compensatable(value))),
+    "Workflow.register_with_compensation.task": (
+        "compensatable task|register",
+        lambda value: defined(Workflow().register_with_compensation(S.START, value)),
+    ),
+    "Workflow.register_with_compensation.config": ("config", lambda value: compensatable(config=value)),
+    "Workflow.register_with_compensation.on_error": ("on_error", lambda value: compensatable(on_error=value)),
+    "Workflow.register_with_compensation.register_before": (
+        "register_before",
+        lambda value: compensatable(register_before=value),
+    ),
+    "Workflow.discard.workflow_id": ("workflow_id", lambda value: testing.run(durable().discard(value))),
+    "Workflow.orchestrate.data": ("data", lambda value: orchestrated(data=value)),
+    "Workflow.resume_from.workflow_id": ("workflow_id|not there", lambda value: testing.run(durable().resume_from(value))),
+    "Workflow.resume_from.resources": (
+        "resources|not there",
+        lambda value: testing.run(durable().resume_from("1", resources=value)),
+    ),
+    "Workflow.resume_from.timeout": (
+        "timeout|not there",
+        lambda value: testing.run(durable().resume_from("1", timeout=value)),
+    ),
+    "Workflow.start.data": ("data", lambda value: starting(data=value)),
+    "Workflow.with_checkpoint_store.store": ("store", lambda value: Workflow().with_checkpoint_store(value)),
+    "Workflow.with_checkpoint_store.codec": (
+        "codec",
+        lambda value: Workflow().with_checkpoint_store(InMemoryCheckpointStore(), codec=value),
+    ),
+    "Workflow.with_data.data": ("data", lambda value: Workflow().with_data(value)),
+    "Workflow.with_migration.migrate": ("migrate", lambda value: Workflow().with_migration(value)),
+    "Workflow.with_recovery_limit.limit": ("limit", lambda value: Workflow().with_recovery_limit(value)),
+    "Workflow.with_workflow_version.version": ("version", lambda value: Workflow().with_workflow_version(value)),
+    "recover_all.workflow": ("workflow", lambda value: testing.run(recover_all(value, InMemoryCheckpointStore()))),
+    "recover_all.store": ("store", lambda value: testing.run(recover_all(durable(), value))),
+    "recover_all.limit": (
+        "limit",
+        lambda value: testing.run(recover_all(durable(), InMemoryCheckpointStore(), limit=value)),
+    ),
     "Workflow.start.initial_state": ("initial state", lambda value: starting(initial_state=value)),
     "Workflow.start.resources": ("resources", lambda value: starting(resources=value)),
     "Workflow.start.workflow_id": ("workflow_id", lambda value: starting(workflow_id=value)),
@@ -1049,6 +1205,10 @@ WALK = {
     "Workflow.task.join": ("join", lambda value: Workflow().task(S.START, join=value)(start)),
     "Workflow.task.on_error": ("on_error", lambda value: Workflow().task(S.START, on_error=value)(start)),
     "Workflow.validate_initial_state.state": ("initial state", lambda value: simple().validate_initial_state(value)),
+    "Workflow.with_compensation_timeout.seconds": (
+        "compensation_timeout",
+        lambda value: Workflow().with_compensation_timeout(value),
+    ),
     "Workflow.with_timeout.seconds": ("timeout", lambda value: Workflow().with_timeout(value)),
     "Workflow.with_workflow_id.workflow_id": ("workflow_id", lambda value: Workflow().with_workflow_id(value)),
     "configure.branches": ("branches", lambda value: cano.configure(branches=value)),
@@ -1097,24 +1257,24 @@ MADE_BY_THE_ENGINE = {
     "CircuitState",
     "ErrorContext",
     "LimiterSnapshot",
+    "Orphan",
     "Permit",
     "Run",
     "RunContext",
+    "RowKind",
+    "RunStatus",
+    "RunSummary",
     "Seconds",
     "SplitResult",
     "StreamProgress",
 }
+WRITTEN_BY_USERS = {"CheckpointStore", "Codec"}
 RAISED_BY_TASKS = {"NonRetryable", "RetryAfter", "TaskExecutionError"}
-
-
-def parameters_of(function):
-    names = inspect.signature(function).parameters
-    return [name for name in names if name not in ("self", "cls") and not name.startswith("_")]
 
 
 def public_parameters():
     """Every parameter of every public function, constructor and method, "Class.method.parameter"; and a task's attributes."""
-    for name in set(cano.__all__) - {"__version__", "Seconds"}:
+    for name in set(cano.__all__) - {"__version__", "Seconds"} - WRITTEN_BY_USERS:
         public = getattr(cano, name)
         is_error = inspect.isclass(public) and issubclass(public, BaseException)
         if name not in MADE_BY_THE_ENGINE and (not is_error or name in RAISED_BY_TASKS):

@@ -9,6 +9,7 @@ the clean-up. After each run the same invariants hold, whatever the shape: see `
 import asyncio
 import itertools
 import math
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,6 +25,7 @@ from cano import (
     BatchTask,
     BranchOutcome,
     Bulkhead,
+    CompensatableTask,
     Continue,
     Done,
     ItemErrorPolicy,
@@ -53,7 +55,8 @@ from cano import (
 from cano.testing import VirtualClockLoop, assert_no_orphans
 
 MESSAGE = "stop"
-CLEAN_UP = ("tear-down", "disconnecting", "draining")
+STRIDE = 7 if os.environ.get("PYTHONASYNCIODEBUG") else 1  # of the pairs of steps: debug mode writes down many stacks
+CLEAN_UP = ("tear-down", "disconnecting", "draining", "undoing")
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -592,6 +595,59 @@ def stepped(ledger: Ledger) -> Workflow[str]:
     return Workflow[str]().register_stepped("step", Steps()).add_exit_state("done")
 
 
+def saga(ledger: Ledger, *last: Any, resources: Any = None, **options: Any) -> Workflow[str]:
+    """Two steps that are done with the third, which works as `does` would; what is done is like a resource that is set up."""
+
+    class Step(CompensatableTask[str, str]):
+        def __init__(self, name: str, then: str) -> None:
+            self.name = name
+            self.then = then
+
+        async def run(self) -> Any:
+            await ledger.work(self.name)
+            ledger.set_up(self.name)
+            return self.then, self.name
+
+        async def compensate(self, output: str) -> None:
+            assert output == self.name
+            ledger.tear_down(self.name)
+            await ledger.work(f"undoing {output}", 0)  # an anyio scope lets no time pass on this clock
+
+    work = does(ledger, "c", *last, **options)
+
+    async def commit() -> str:
+        state: str = await work.run()  # type: ignore[attr-defined]
+        ledger.live[:] = [name for name in ledger.live if name not in ("a", "b")]
+        return state
+
+    workflow = Workflow[str](resources).register_with_compensation("a", Step("a", "b"))
+    workflow.register_with_compensation("b", Step("b", "c"))
+    return workflow.register("c", commit).add_exit_state("done")
+
+
+@shape("a")
+def saga_that_succeeds(ledger: Ledger) -> Workflow[str]:
+    return saga(ledger, "done")
+
+
+@shape("a", Boom)
+def saga_that_fails(ledger: Ledger) -> Workflow[str]:
+    return saga(ledger, Boom(), resources={"p": Part(ledger, "p")})
+
+
+@shape("a", WorkflowTimeoutError)
+def saga_out_of_time(ledger: Ledger) -> Workflow[str]:
+    return saga(ledger, "done", seconds=9).with_timeout(5)
+
+
+@shape("outer", Boom)
+def saga_in_saga(ledger: Ledger) -> Workflow[str]:
+    async def outer() -> str:
+        return await saga(ledger, Boom()).orchestrate("a")
+
+    return Workflow[str]().register("outer", outer).add_exit_state("done").with_timeout(60)
+
+
 class Numbers:
     """A stream all parts of which wait, and whose source has a clean-up that waits."""
 
@@ -814,6 +870,7 @@ def random_shape(seed: int, ledger: Ledger) -> Workflow[str]:
 
 
 CANCELS_BY_ITSELF = {
+    "saga_out_of_time",
     "attempt_timeout",
     "batch_read_badly",
     "batch_retried_as_a_whole",
@@ -1105,6 +1162,8 @@ def test_second_cancel_soon_after_every_step_leaves_nothing(name: str, how: type
         "split_with_bulkhead",
         "split_hedged",
         "splits_over_a_shared_bulkhead",
+        "saga_that_fails",
+        "saga_out_of_time",
     ],
 )
 def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
@@ -1112,7 +1171,7 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
     # reliability C2
     steps = ByTask(name).steps
 
-    for first, second in itertools.combinations(range(steps + 3), 2):
+    for first, second in itertools.islice(itertools.combinations(range(steps + 3), 2), 0, None, STRIDE):
         trial = ByTask(name, first, second)
 
         trial.check()
@@ -1135,6 +1194,8 @@ def test_two_cancels_at_every_pair_of_steps_leave_nothing(name: str) -> None:
         "poll",
         "stepped",
         "stream_by_count",
+        "saga_that_succeeds",
+        "saga_that_fails",
     ],
 )
 async def test_cancel_after_every_tick_of_any_loop_leaves_nothing(name: str) -> None:

@@ -18,6 +18,8 @@ from cano import (
     CanoError,
     CheckpointError,
     CircuitOpenError,
+    CompensationFailedError,
+    CompensationTimeoutError,
     ConfigurationError,
     CorruptRowError,
     DuplicateResourceError,
@@ -30,6 +32,11 @@ from cano import (
     KeyNotFoundError,
     NeedsAttentionError,
     NonRetryable,
+    Orphan,
+    OrphanedStepError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
+    OutputUnreadableError,
     RateLimitedError,
     Resource,
     ResourceError,
@@ -150,9 +157,15 @@ TREE = [
     (NeedsAttentionError, (CheckpointError,), "checkpoint"),
     (StoreFailedError, (CheckpointError,), "checkpoint"),
     (StoreOpenError, (CheckpointError,), "checkpoint"),
+    (OutputNotSerializableError, (CanoError,), "output"),
+    (OutputTooLargeError, (CanoError,), "output"),
+    (OutputUnreadableError, (CanoError,), "output"),
+    (CompensationFailedError, (CanoError, ExceptionGroup), "compensation"),
+    (OrphanedStepError, (CanoError,), "compensation"),
+    (CompensationTimeoutError, (CanoError, TimeoutError), "compensation"),
 ]
 PUBLIC_ERRORS = [kind for kind, _, _ in TREE]
-GROUPS = (JoinError, JoinTimeoutError)
+GROUPS = (JoinError, JoinTimeoutError, CompensationFailedError)
 PLAIN_ERRORS = [kind for kind in PUBLIC_ERRORS if kind not in (*GROUPS, RetryAfter)]
 
 
@@ -845,10 +858,13 @@ CONTEXT = ErrorContext(
 RESULT = SplitResult([BranchOutcome(0, "a", value=1, elapsed=0.5), BranchOutcome(1, "b", error=ValueError("no"))], [2])
 
 
+ORPHANS = (Orphan(S.CHARGE, "charge", 1, {"id": 7}, ValueError("no")),)
+
+
 def made(kind, message):
     """An error of this kind with all of its facts."""
     if kind in GROUPS:
-        return kind(message, [ValueError("no"), KeyError("k")], RESULT)
+        return kind(message, [ValueError("no"), KeyError("k")], ORPHANS if kind is CompensationFailedError else RESULT)
     if kind is RetryAfter:
         return kind(2.5, message)
     facts = {
@@ -867,12 +883,15 @@ def made(kind, message):
         WorkflowVersionError: ("order-1", 1, 2),
         StoreFailedError: (None, None, "disk-full"),
         StoreOpenError: ("symlink",),
+        OutputTooLargeError: (11, 10),
+        CompensationTimeoutError: (2.5,),
     }
     return kind(message, *facts.get(kind, ()))
 
 
 def facts_of(error):
-    facts = {name: value for name, value in vars(error).items() if name not in ("result", "__notes__")}
+    facts = {name: value for name, value in vars(error).items() if name not in ("result", "orphans", "__notes__")}
+    facts["orphans"] = repr(getattr(error, "orphans", ()))
     members = [repr(member) for member in getattr(error, "exceptions", ())]
     result = getattr(error, "result", None)
     return type(error), str(error), error.args[:1], notes(error), facts, members, result and repr(result)
@@ -959,6 +978,19 @@ def test_join_error_is_a_group():
         assert type(part) is JoinTimeoutError
         assert [type(member) for member in part.exceptions] == [kind]
         assert (part.result, notes(part)) == (RESULT, ["mine"])
+
+
+def test_compensation_error_is_a_group():
+    """`except*` takes a CompensationFailedError apart, and each part keeps the orphans."""
+    error = made(CompensationFailedError, "no")
+    error.__cano__ = CONTEXT
+
+    matched, rest = error.split(ValueError)
+
+    for part, kind in ((matched, ValueError), (rest, KeyError)):
+        assert type(part) is CompensationFailedError
+        assert [type(member) for member in part.exceptions] == [kind]
+        assert (part.orphans, part.__cano__) == (ORPHANS, CONTEXT)
 
 
 def test_join_error_text():

@@ -55,6 +55,35 @@ def run(name: str, *arguments: object, status: int = 0) -> str:
 # --- the short ones --------------------------------------------------------------------------------------------------
 
 OUTPUT = {
+    "saga_payment": """\
+        all is well
+          reserved one item
+          charged 42.00
+          shipped
+          Order.DONE
+          stock 2, charged 42.00
+        no courier
+          reserved one item
+          charged 42.00
+          refunded 42.00
+          put 1 item back
+          NoCourier: nobody drives today
+          stock 3, charged 0.00
+        a customer without patience
+          reserved one item
+          charged 42.00
+          refunded 42.00
+          put 1 item back
+          the customer went away
+          stock 3, charged 0.00
+        no courier, and no refund
+          reserved one item
+          charged 42.00
+          put 1 item back
+          NoCourier, and somebody has to look after:
+            charge of 42.00: GatewayDown
+          stock 3, charged 42.00
+        """,
     "hello": """\
         hello,
         world
@@ -166,11 +195,11 @@ OUTPUT = {
         order 1    0.0 s to 0.2 s  ####
         order 2    0.0 s to 0.2 s  ####
         order 3    0.0 s to 0.2 s  ####
-        order 4    0.2 s to 0.4 s      ####
-        invoice 1  0.2 s to 0.4 s      ####
         check      0.2 s to 0.4 s      ####
-        order 5    0.4 s to 0.6 s          ####
+        invoice 1  0.2 s to 0.4 s      ####
+        order 4    0.2 s to 0.4 s      ####
         invoice 2  0.4 s to 0.6 s          ####
+        order 5    0.4 s to 0.6 s          ####
         order 6    0.4 s to 0.6 s          ####
         invoice 3  0.6 s to 0.8 s              ####
         <Bulkhead api limit=3 in_use=0 waiting=0>

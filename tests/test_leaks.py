@@ -21,6 +21,8 @@ from cano import (
     BranchOutcome,
     Bulkhead,
     Caught,
+    CompensatableTask,
+    CompensationFailedError,
     InvalidTransitionError,
     JoinConfig,
     JoinError,
@@ -259,6 +261,41 @@ SHAPES["error that leads on"] = (
     .add_exit_state("done"),
     lambda workflow: ended(workflow.orchestrate("only")),
     "done",
+)
+
+
+class Undoable(CompensatableTask[str, Thing]):
+    """A step whose output can be watched."""
+
+    def __init__(self, then: str = "last", fails: type[Exception] | None = None) -> None:
+        self.then = then
+        self.fails = fails
+
+    async def run(self) -> Any:
+        return self.then, Thing()
+
+    async def compensate(self, output: Thing) -> None:
+        await ticks(1)
+        if self.fails is not None:
+            raise self.fails
+
+
+def saga(last: Any, **options: Any) -> Workflow[str]:
+    workflow = Workflow[str]().register_with_compensation("only", Undoable(**options))
+    return workflow.register("last", last).add_exit_state("done")
+
+
+SHAPES["saga"] = (saga(value, then="done"), lambda workflow: ended(workflow.orchestrate("only")), "done")
+SHAPES["saga that is undone"] = (saga(fails), lambda workflow: ended(workflow.orchestrate("only")), Boom)
+SHAPES["saga that cannot be undone"] = (
+    saga(fails, fails=Boom),
+    lambda workflow: ended(workflow.orchestrate("only")),
+    CompensationFailedError,
+)
+SHAPES["cancelled saga"] = (
+    saga(forever),
+    lambda workflow: cancelled(workflow.orchestrate("only")),
+    asyncio.CancelledError,
 )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ._batch import BatchTask
 from ._breaker import CircuitSnapshot, CircuitState
 from ._checkpoints import CheckpointStore, RowKind, RunStatus, RunSummary
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig, configure
 from ._core import (
     BranchOutcome,
@@ -34,11 +35,14 @@ from ._core import (
     WindowPolicy,
     __version__,
 )
+from ._durable import recover_all
 from ._errors import (
     AttemptTimeoutError,
     CanoError,
     CheckpointError,
     CircuitOpenError,
+    CompensationFailedError,
+    CompensationTimeoutError,
     ConfigurationError,
     CorruptRowError,
     DuplicateResourceError,
@@ -48,6 +52,11 @@ from ._errors import (
     KeyNotFoundError,
     NeedsAttentionError,
     NonRetryable,
+    Orphan,
+    OrphanedStepError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
+    OutputUnreadableError,
     RateLimitedError,
     ResourceError,
     ResourceNotFoundError,
@@ -91,6 +100,7 @@ from ._models import (
 )
 from ._on_error import Caught
 from ._resources import FromResources, HealthStatus, Res, Resource, Resources
+from ._saga import CompensatableTask
 from ._tasks import Task, TaskResult, in_thread
 from ._workflow import Run, Workflow
 
@@ -113,6 +123,10 @@ __all__ = [
     "CircuitPolicy",
     "CircuitSnapshot",
     "CircuitState",
+    "Codec",
+    "CompensatableTask",
+    "CompensationFailedError",
+    "CompensationTimeoutError",
     "ConfigurationError",
     "Continue",
     "CorruptRowError",
@@ -128,6 +142,7 @@ __all__ = [
     "JoinError",
     "JoinStrategy",
     "JoinTimeoutError",
+    "JsonCodec",
     "KeyNotFoundError",
     "LimiterSnapshot",
     "MemoryStore",
@@ -135,6 +150,11 @@ __all__ = [
     "MultiRateLimiter",
     "NeedsAttentionError",
     "NonRetryable",
+    "Orphan",
+    "OrphanedStepError",
+    "OutputNotSerializableError",
+    "OutputTooLargeError",
+    "OutputUnreadableError",
     "Pending",
     "Permit",
     "PollErrorPolicy",
@@ -192,6 +212,7 @@ __all__ = [
     "__version__",
     "configure",
     "in_thread",
+    "recover_all",
 ]
 
 

@@ -98,7 +98,7 @@ class Batch:
         """What is done on each item: a task of its own."""
         name = f"{self.name}.process_item"
         process = Method.of(task, self.name, "process_item", _PROCESS)
-        sources, keywords, _ = process.reading
+        sources, keywords, _, _ = process.reading
         if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
             raise ConfigurationError(f"task {name} takes what led into the state, which only load and finish can get")
         retry = getattr(task, "item_retry", RetryMode.none())

@@ -9,9 +9,12 @@ from typing import Any, Literal, Self, TypeAlias
 from . import _core
 from ._core import CircuitBreaker, MultiRateLimiter, RateLimiter, RetryMode, WindowedRateLimiter
 from ._errors import (
+    CheckpointError,
     ConfigurationError,
     InvalidTransitionError,
     NonRetryable,
+    OutputNotSerializableError,
+    OutputTooLargeError,
     ResourceError,
     UnknownStateError,
     show,
@@ -22,10 +25,13 @@ Seconds: TypeAlias = float | int | timedelta
 
 FINAL_ERRORS: tuple[type[Exception], ...] = (
     NonRetryable,
+    CheckpointError,
     ConfigurationError,
     InvalidTransitionError,
     UnknownStateError,
     ResourceError,
+    OutputNotSerializableError,
+    OutputTooLargeError,
 )
 _NEVER_RETRIED: tuple[type[Exception], ...] = (
     TypeError,

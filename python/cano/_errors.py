@@ -26,16 +26,23 @@
     │   ├── ResourceNotFoundError (KeyError)
     │   ├── ResourceTypeError (TypeError)
     │   └── DuplicateResourceError
-    └── CheckpointError
-        ├── RunNotFoundError (LookupError)
-        ├── RunConflictError
-        ├── RunClaimedError
-        ├── RunTooLargeError
-        ├── CorruptRowError
-        ├── WorkflowVersionError
-        ├── NeedsAttentionError
-        ├── StoreFailedError
-        └── StoreOpenError
+    ├── CheckpointError
+    │   ├── RunNotFoundError (LookupError)
+    │   ├── RunConflictError
+    │   ├── RunClaimedError
+    │   ├── RunTooLargeError
+    │   ├── CorruptRowError
+    │   ├── WorkflowVersionError
+    │   ├── NeedsAttentionError
+    │   ├── StoreFailedError
+    │   └── StoreOpenError
+    ├── OutputNotSerializableError
+    ├── OutputTooLargeError
+    ├── OutputUnreadableError
+    └── CompensationFailedError (ExceptionGroup)
+        its members besides the original failure: what compensations raised, and
+        ├── OrphanedStepError
+        └── CompensationTimeoutError (TimeoutError)
 
 The text says what is wrong, the value, and what would be right; the attributes carry the same as facts. All of them pickle.
 An exception that a task raises is never wrapped: it leaves the run as the same object, with one note and the attribute
@@ -43,7 +50,8 @@ An exception that a task raises is never wrapped: it leaves the run as the same 
 """
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 from . import _core
 from ._core import ErrorContext
@@ -480,3 +488,108 @@ class StoreOpenError(CheckpointError):
     def __init__(self, message: str, reason: str = "other") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+# --- what is to outlive the process ----------------------------------------------------------------------------------
+
+
+class OutputNotSerializableError(CanoError):
+    """A value that is to be stored cannot be written by the codec, or would not come back as its annotated type."""
+
+    category = "output"
+
+
+class OutputTooLargeError(CanoError):
+    """A value that is to be stored is larger than a row may be.
+
+    Attributes:
+        size: Its bytes.
+        limit: How many there may be.
+    """
+
+    category = "output"
+
+    def __init__(self, message: str, size: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.size = size
+        self.limit = limit
+
+
+class OutputUnreadableError(CanoError):
+    """Bytes that were stored are no value of the type that the code annotates."""
+
+    category = "output"
+
+
+# --- compensation ----------------------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A step that was done and could not be undone, so that somebody has to look after it.
+
+    Attributes:
+        state: Where it was done.
+        task: Name of the task that did it.
+        visit: 1-based count of the entries of the run into the state.
+        output: What the step returned beside the next state; bytes as they were stored if they could not be read, None for
+            one that was registered before it began and did not end well.
+        error: Why it was not undone: what its ``compensate`` raised, or an `OrphanedStepError`.
+    """
+
+    state: Hashable
+    task: str
+    visit: int
+    output: Any
+    error: Exception
+
+
+class CompensationFailedError(CanoError, ExceptionGroup[Exception]):
+    """A run failed, and not everything that it had done could be undone.
+
+    It is an `ExceptionGroup`: first the original failure, then the failure of each compensation in the order of the
+    roll-back, newest step first. A member that is itself a `CompensationFailedError`, of a run inside this one, is replaced
+    by its members. The original failure of a run that was cancelled is a `WorkflowCancelledError`.
+
+    Attributes:
+        orphans: The steps that are not undone, each with its output, in the order of the roll-back.
+    """
+
+    category = "compensation"
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception], _orphans: Sequence[Orphan] = ()) -> Self:
+        return super().__new__(cls, message, exceptions)
+
+    def __init__(self, message: str, exceptions: Sequence[Exception], orphans: Sequence[Orphan] = ()) -> None:
+        ExceptionGroup.__init__(self, message, exceptions)
+        self.orphans: tuple[Orphan, ...] = tuple(orphans)
+
+    def __str__(self) -> str:
+        return ExceptionGroup.__str__(self)
+
+    def derive(self, excs: Sequence[Exception]) -> "CompensationFailedError":  # type: ignore[override]
+        """A group of the same kind around some of its exceptions (`ExceptionGroup.split` and ``except*`` use it)."""
+        part = type(self)(self.message, excs, self.orphans)
+        part.__cano__ = self.__cano__
+        return part
+
+
+class OrphanedStepError(CanoError):
+    """A step was not undone, since its compensation was stopped, did not begin or does not exist."""
+
+    category = "compensation"
+
+
+class CompensationTimeoutError(CanoError, TimeoutError):
+    """A roll-back took longer than the workflow's compensation timeout; what was left is not undone.
+
+    Attributes:
+        limit: The timeout in seconds.
+    """
+
+    category = "compensation"
+
+    def __init__(self, message: str, limit: float = 0.0) -> None:
+        super().__init__(message)
+        self.limit = limit

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import logging
+import math
 import time
 import types
 from collections.abc import Callable, Iterable
@@ -21,6 +23,7 @@ from ._batch import Batch, BatchTask
 from ._config import TaskConfig
 from ._core import RetryMode, StreamWindow
 from ._errors import ConfigurationError, show
+from ._log import written
 from ._methods import OWN, Method, not_one_of, outcome, plan_of, requests
 from ._models import (
     After,
@@ -40,8 +43,9 @@ from ._models import (
     TimerTask,
     Until,
 )
+from ._saga import CompensatableTask
 from ._stream import Stream
-from ._tasks import Form, config_of, name_of, prepare_task, spec_of
+from ._tasks import Form, config_of, name_of, output_of, prepare_task, spec_of
 
 _log = logging.getLogger("cano")
 
@@ -91,11 +95,17 @@ class _Timer:
         self._wait = wait
         self._after_wait = after_wait
 
-    async def run(self, *filled: Any) -> Any:
+    async def run(self, run: _core.Run, *filled: Any) -> Any:
         arguments = iter(filled)
         wait, after_wait = self._wait.bind(arguments), self._after_wait.bind(arguments)
-        due = await outcome(wait())
-        await asyncio.sleep(self._seconds(due))
+        log = run.log
+        if log is not None and log.due_at is not None:  # a visit that goes on keeps its due time
+            seconds = max(0.0, log.due_at / 1000 - time.time())
+        else:
+            seconds = self._seconds(await outcome(wait()))
+            if log is not None:
+                await written(log, log.timer(math.ceil((time.time() + seconds) * 1000)))
+        await asyncio.sleep(seconds)
         return await outcome(after_wait())
 
     def _seconds(self, due: Any) -> float:
@@ -134,16 +144,16 @@ def _poll(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
 
 def _timer(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     wait, after_wait = Method.of(task, name, "wait", Form()), Method.of(task, name, "after_wait", Form())
-    plan = plan_of((wait, after_wait), (after_wait,))
+    plan = plan_of((wait, after_wait), (after_wait,), leads_with=("run",))
     return _core.TaskSpec(_Timer(name, wait, after_wait).run, name, plan, config._policy, "timer")
 
 
 def _stepped(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     step = Method.of(task, name, "step", Form(("cursor",), leads=Done, stays=(More,)))
-    sources, keywords, declared = step.reading
+    sources, keywords, declared, cursor = step.reading
     is_coroutine_function = inspect.iscoroutinefunction(step.call)
     plan = _core.Plan([("cursor", None, None), *sources], keywords, declared, is_coroutine_function)
-    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task")
+    return _core.TaskSpec(step.call, name, plan, config._policy, "stepped task", cursor)
 
 
 _ASKS = ((StreamProgress, OWN),)
@@ -162,7 +172,8 @@ def _stream(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     limit = cast("float | None", config.attempt_timeout)
     skips = policy == ItemErrorPolicy.Skip
     stream = Stream(name, methods, window, limit, _retries(policy._retries or 0), skips=skips)
-    return _core.TaskSpec(stream.run, name, plan_of(methods, methods[2:]), None, "stream")
+    plan = plan_of(methods, methods[2:], leads_with=("run",))
+    return _core.TaskSpec(stream.run, name, plan, None, "stream", methods[0].reading.given)
 
 
 def _check_config(name: str, config: TaskConfig) -> None:
@@ -193,6 +204,30 @@ def _batch(task: Any, name: str, config: TaskConfig) -> _core.TaskSpec:
     return Batch(task, name, config).spec(config)
 
 
+_FORWARD = Form(pairs=True)
+_BACK = Form(("output",))
+
+
+def _undoable(task: Any, name: str, config: TaskConfig, *, register_before: bool = False) -> _core.TaskSpec:
+    run, compensate = Method.of(task, name, "run", _FORWARD), Method.of(task, name, "compensate", _BACK)
+    sources, keywords, _, _ = compensate.reading
+    if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
+        raise ConfigurationError(f"task {name}.compensate takes what led into the state, which only run can get")
+    back = _core.Plan([("cursor", None, None), *sources], keywords, None, _is_async(compensate))
+    undo = _core.TaskSpec(compensate.call, f"{name}.compensate", back, None)
+    plan = _core.Plan(*run.reading[:3], _is_async(run))
+    type_ = output_of(run.call, compensate.call)
+    compensation = _core.Compensation(undo, type_, register_before)
+    return _core.TaskSpec(run.call, name, plan, config._policy, "compensatable task", None, compensation)
+
+
+def _is_async(method: Method) -> bool:
+    return inspect.iscoroutinefunction(method.call)
+
+
+_COMPENSATABLE = _Model(
+    "compensatable task", CompensatableTask, ("run", "compensate"), "register_with_compensation", _undoable
+)
 _MODELS = (
     _Model("router", RouterTask, ("route",), "register_router", _router),
     _Model("poll task", PollTask, ("poll",), "register", _poll),
@@ -200,6 +235,7 @@ _MODELS = (
     _Model("batch task", BatchTask, ("load", "process_item", "finish"), "register", _batch),
     _Model("stepped task", SteppedTask, ("step",), "register_stepped", _stepped),
     _Model("stream", StreamTask, ("open", "process_item", "flush_window", "on_close"), "register_stream", _stream),
+    _COMPENSATABLE,
 )
 
 
@@ -221,7 +257,16 @@ def prepare_branches(tasks: Any) -> tuple[_core.TaskSpec, ...]:
     """The branches of a split, in order."""
     if isinstance(tasks, (str, bytes)) or not isinstance(tasks, Iterable):
         raise ConfigurationError(f"the branches of a split must be an iterable of tasks, got {show(tasks)}")
-    return tuple(prepare(task) for task in tasks)
+    return tuple(_branch(task) for task in tasks)
+
+
+def _branch(task: Any) -> _core.TaskSpec:
+    if _model_of(task) is _COMPENSATABLE:
+        raise ConfigurationError(
+            f"task {name_of(task)} is a compensatable task, which cannot be a branch of a split; "
+            f"do it before the split or after the join"
+        )
+    return prepare(task)
 
 
 def prepare_router(task: Any, config: TaskConfig | None) -> _core.TaskSpec:
@@ -242,10 +287,19 @@ def prepare_stream(task: Any, config: TaskConfig | None) -> _core.TaskSpec:
     return _through("register_stream", _model_of(task), task, config)
 
 
+def prepare_compensatable(task: Any, config: TaskConfig | None, *, register_before: bool) -> _core.TaskSpec:
+    """Turn what is given to `Workflow.register_with_compensation` into what the driver runs."""
+    make = functools.partial(_undoable, register_before=register_before)
+    model = _model_of(task)
+    return _through(_COMPENSATABLE.door, model and model._replace(make=make), task, config)
+
+
 def _model_of(task: Any) -> _Model | None:
     """The model that a task follows, by its base or else by its methods; None for a function, a callable or a `Task`."""
     if isinstance(task, (types.FunctionType, type)):
         return None
+    if not _missing(_COMPENSATABLE, type(task)):
+        return _COMPENSATABLE
     for model in _MODELS:
         if isinstance(task, model.base):
             return model

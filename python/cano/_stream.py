@@ -10,7 +10,7 @@ request stays open for as many windows as pass meanwhile, so no item is lost and
 
 Invariants.
 - An output is handed to ``flush_window`` at most once, in order.
-- A cursor is committed when the flush of its window has returned, in one place.
+- A cursor is committed when the flush of its window has returned, in one place: where the run is durable, as a row.
 - However a stream ends, its source is closed and the source's task is over before.
 - After a cancel the source is closed, the open window flushed and ``on_close`` called, each of them whatever the others raise.
 """
@@ -28,6 +28,7 @@ from typing import Any
 from . import _core
 from ._config import FINAL_ERRORS
 from ._errors import AttemptTimeoutError
+from ._log import written
 from ._methods import Method, not_one_of, outcome, requests
 from ._models import Continue, Stop, StreamProgress
 
@@ -59,17 +60,19 @@ class Stream:
         self.retries = retries
         self.skips = skips
 
-    async def run(self, *filled: Any) -> Any:
+    async def run(self, run: _core.Run, *filled: Any) -> Any:
         """One attempt of the task: the next state."""
-        return await _Course(self, filled).run()
+        return await _Course(self, run, filled).run()
 
 
 class _Course:
     """One run of a stream from its source's opening to its end."""
 
-    def __init__(self, stream: Stream, filled: tuple[Any, ...]) -> None:
+    def __init__(self, stream: Stream, run: _core.Run, filled: tuple[Any, ...]) -> None:
         arguments = iter(filled)
         self._stream = stream
+        self._run = run
+        self._log = run.log
         self._progress = StreamProgress()
         self._open, *methods = (method.bind(arguments, self._progress) for method in stream.methods)
         if stream.limit is not None:
@@ -112,7 +115,7 @@ class _Course:
         await _in_turn(lambda: close(*message), self._hand_over, lambda: outcome(self._close("cancelled")))
 
     async def _opened(self) -> AsyncIterator[Any]:
-        source = self._open(None)
+        source = self._open(None if self._log is None else self._log.take_cursor())
         if not isinstance(source, AsyncIterable):
             source = await outcome(source)
         if not isinstance(source, AsyncIterable):
@@ -189,7 +192,9 @@ class _Course:
         verdict = await outcome(self._flush(outputs))
         if verdict is not Continue and type(verdict) is not Stop:
             raise not_one_of(f"flush_window of task {self._stream.name}", verdict, "Continue or Stop(state)")
-        # The window is done: its cursor and the verdict, also that of a Stop, become one row where they are to last.
+        if self._log is not None:
+            leads_to = self._run.label_of(verdict.state) if type(verdict) is Stop else None
+            await written(self._log, self._log.cursor(cursor, leads_to))
         self._progress.cursor = cursor
         self._progress.windows += 1
         return None if verdict is Continue else verdict

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_origin
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from . import _core
 from ._config import TaskConfig
@@ -123,6 +123,7 @@ class Form:
         own: What it may ask for besides: annotations, and the kinds of source they stand for.
         yields: Whether it may be an async generator function.
         iterates: Whether it may be a generator function.
+        pairs: Whether it returns the next state with an output.
     """
 
     given: tuple[str, ...] = ()
@@ -131,6 +132,7 @@ class Form:
     own: tuple[tuple[Any, str], ...] = ()
     yields: bool = False
     iterates: bool = False
+    pairs: bool = False
 
 
 _FUNCTION = Form()
@@ -142,6 +144,8 @@ class Reading(NamedTuple):
     sources: list[_Source]
     keywords: tuple[str, ...] | None
     declared: tuple[Any, ...] | None
+    given: Any
+    """The annotation of what it is given first; Any if it has none, or is given nothing."""
 
 
 _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
@@ -175,7 +179,7 @@ def refuse_generator(call: Callable[..., Any], name: str, why: str = "a task ret
 
 
 def _read(call: Callable[..., Any], name: str) -> _core.Plan:
-    return _core.Plan(*read(call, name), inspect.iscoroutinefunction(call))
+    return _core.Plan(*read(call, name)[:3], inspect.iscoroutinefunction(call))
 
 
 def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading:
@@ -203,8 +207,12 @@ def read(call: Callable[..., Any], name: str, form: Form = _FUNCTION) -> Reading
                     f"parameter {parameter.name} of task {name} must not follow one with a default"
                 )
             keywords.append(parameter.name)
-    declared = _declared(_resolve(signature.return_annotation, inner, missing=None), form)
-    return Reading(sources, tuple(keywords) or None, declared)
+    returned = _resolve(signature.return_annotation, inner, missing=None)
+    if form.pairs:
+        returned, _ = _pair(returned) or (None, None)
+    declared = _declared(returned, form)
+    first = _resolve(given[0].annotation, inner, missing=Any) if given else Any
+    return Reading(sources, tuple(keywords) or None, declared, first)
 
 
 def innermost(call: Callable[..., Any]) -> Any:
@@ -264,15 +272,18 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, form: Form, *, 
         )
     raise ConfigurationError(
         f"parameter {parameter.name} of task {name} is annotated {show(str(annotation))}; a task takes Resources, "
-        f"Annotated[T, Res(key)], RunContext, SplitResult in the state that a split joins into, or Caught[E] in one that "
-        f"on_error leads to"
+        f"Annotated[T, Res(key)], RunContext, the class given to with_data() before, SplitResult in the state that a split "
+        f"joins into, or Caught[E] in one that on_error leads to"
     )
 
 
 _UNRESOLVED: Any = object()
 
+data_classes: WeakSet[type[Any]] = WeakSet()
+"""The classes of run data, of all workflows; whether a task asks for its own workflow's is checked with the workflow."""
 
-def _known(annotation: Any, form: Form) -> _Source | None:
+
+def _known(annotation: Any, form: Form) -> _Source | None:  # noqa: PLR0911 - a table of annotations
     """The source that an annotation stands for."""
     if (source := caught_by(annotation)) is not None:
         return source
@@ -285,6 +296,8 @@ def _known(annotation: Any, form: Form) -> _Source | None:
         return ("resource", key, type_)
     if isinstance(annotation, type) and issubclass(annotation, Resources):
         return ("resources", None, None)
+    if isinstance(annotation, type) and annotation in data_classes:
+        return ("data", annotation, None)
     asked = ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none"))
     for wanted, kind in (*asked, *form.own):
         if annotation == wanted:
@@ -323,6 +336,24 @@ def _declared(annotation: Any, form: Form) -> tuple[Any, ...] | None:
         parts = [_declared(part, form) for part in arguments]
         return None if None in parts else tuple(state for part in parts for state in part or ())
     return None
+
+
+def _pair(annotation: Any) -> tuple[Any, ...]:
+    """The two parts of ``tuple[S, T]``, also behind an Awaitable; empty for anything else."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(origin, type) and issubclass(origin, (Awaitable, Coroutine)):
+        return _pair(arguments[-1])
+    is_pair = origin is tuple and len(arguments) == 2 and arguments[1] is not Ellipsis  # noqa: PLR2004
+    return arguments if is_pair else ()
+
+
+def output_of(run: Callable[..., Any], compensate: Callable[..., Any]) -> Any:
+    """The annotation of a compensatable task's output: in ``run``'s result, or else at ``compensate``'s first parameter."""
+    inner = innermost(run)
+    if pair := _pair(_resolve(inspect.signature(run).return_annotation, inner, missing=None)):
+        return pair[1]
+    first = next(iter(inspect.signature(compensate).parameters.values()))
+    return _resolve(first.annotation, innermost(compensate), missing=Any)
 
 
 # --- preparing a task ------------------------------------------------------------------------------------------------

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Hashable, Iterable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
 from . import _core
+from ._checkpoints import CheckpointStore
+from ._codec import Codec, JsonCodec
 from ._config import Seconds, TaskConfig
+from ._durable import RECOVERY_LIMIT, Definition, Migration, Ownership, begin, fingerprint, resume
 from ._errors import (
     LABEL_LIMIT,
+    CompensationFailedError,
     ConfigurationError,
     WorkflowCancelledError,
     WorkflowError,
@@ -20,11 +25,12 @@ from ._errors import (
     show,
 )
 from ._join import JoinConfig
+from ._log import settled
 from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
-from ._shims import prepare, prepare_branches, prepare_router, prepare_stepped, prepare_stream
-from ._tasks import SingleResult, SplitRequest, prepare_factory, states_of
+from ._shims import prepare, prepare_branches, prepare_compensatable, prepare_router, prepare_stepped, prepare_stream
+from ._tasks import SingleResult, SplitRequest, data_classes, prepare_factory, states_of
 
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,7 +68,24 @@ class Workflow(Generic[S]):
         'done'
     """
 
-    __slots__ = ("__weakref__", "_exits", "_name", "_resources", "_states", "_table", "_timeout", "_workflow_id")
+    __slots__ = (
+        "__weakref__",
+        "_codec",
+        "_compensation_timeout",
+        "_data",
+        "_exits",
+        "_known",
+        "_migrate",
+        "_name",
+        "_recovery_limit",
+        "_resources",
+        "_states",
+        "_store",
+        "_table",
+        "_timeout",
+        "_version",
+        "_workflow_id",
+    )
 
     def __init__(self, resources: Resources | Mapping[Any, Any] | None = None, *, name: str | None = None) -> None:
         if name is not None:
@@ -72,8 +95,16 @@ class Workflow(Generic[S]):
         self._states: dict[S, tuple[_Work, JoinConfig[S] | None, Keys[S]]] = {}
         self._exits: dict[S, None] = {}
         self._timeout: float | None = None
+        self._compensation_timeout: float | None = None
         self._workflow_id: str | None = None
+        self._store: CheckpointStore | None = None
+        self._version = 0
+        self._codec: Codec = JsonCodec()
+        self._data: type[Any] | None = None
+        self._migrate: Migration | None = None
+        self._recovery_limit = RECOVERY_LIMIT
         self._table: _core.Table | None = None
+        self._known: Definition | None = None
 
     @classmethod
     def bare(cls, *, name: str | None = None) -> Self:
@@ -190,6 +221,38 @@ class Workflow(Generic[S]):
         """
         return self._add(state, prepare_stream(task, config), None, on_error)
 
+    def register_with_compensation(
+        self,
+        state: S,
+        task: object,
+        *,
+        config: TaskConfig | None = None,
+        on_error: OnError[S] | None = None,
+        register_before: bool = False,
+    ) -> Self:
+        """Give a state a task that is undone if the run fails later.
+
+        Args:
+            state: Any hashable value, usually an Enum member.
+            task: An object with the methods ``run`` and ``compensate`` (see `CompensatableTask`); its name differs from that
+                of every other compensatable task of the workflow.
+            config: How ``run`` is run; its ``attempt_timeout`` bounds ``compensate`` as well. None takes the task's own
+                attribute ``config``, or else ``TaskConfig()``.
+            on_error: As for `register`. A step that leads on this way is not undone for that. A result of ``run`` that is
+                refused, such as an unknown state, is never led on from: the run ends, and the step is undone first.
+            register_before: Whether the step is undone, with None for its output, also if it has begun and failed, timed out
+                or was cancelled. False does not undo it: a step that fails is taken to have done nothing.
+
+        Returns:
+            The workflow itself, so that calls chain.
+
+        Raises:
+            ConfigurationError: The state already has a task, `task` is not compensatable, or the workflow is frozen.
+        """
+        if not isinstance(register_before, bool):
+            raise ConfigurationError(f"register_before must be a bool, got {show(register_before)}")
+        return self._add(state, prepare_compensatable(task, config, register_before=register_before), None, on_error)
+
     def register_split(
         self,
         state: S,
@@ -292,6 +355,16 @@ class Workflow(Generic[S]):
         self._timeout = _core.seconds("timeout", seconds)
         return self
 
+    def with_compensation_timeout(self, seconds: Seconds | None) -> Self:
+        """Bound the roll-back of a run that fails to this many seconds.
+
+        What is not undone by then is not begun any more, and is reported in a `CompensationFailedError`. None, the default, is
+        half of the run's timeout, at most 30 s; and 30 s for a run without a timeout.
+        """
+        self._check_open()
+        self._compensation_timeout = _core.seconds("compensation_timeout", seconds)
+        return self
+
     def with_workflow_id(self, workflow_id: str | None) -> Self:
         """Name the runs of this workflow in errors and in `RunContext.idempotency_key`; None gives no name.
 
@@ -302,13 +375,119 @@ class Workflow(Generic[S]):
         self._workflow_id = _checked_id(workflow_id)
         return self
 
+    def with_data(self, data: type[Any]) -> Self:
+        """Give each run variables of its own: an object of this class, which tasks get by annotation.
+
+        The object is given to `orchestrate` and is the run's alone. In a durable run what it holds when a state is entered is
+        part of that row, and comes back with a resume.
+
+        Args:
+            data: A class, before tasks that ask for it are registered. For durable runs the codec must be able to write it:
+                `JsonCodec` takes dataclasses, Structs of msgspec, and models of pydantic.
+
+        Raises:
+            ConfigurationError: It is no class, or the workflow has another.
+
+        Example:
+            >>> from dataclasses import dataclass
+            >>> @dataclass
+            ... class Order:
+            ...     total: int
+            >>> def add(order: Order) -> str:
+            ...     order.total += 1
+            ...     return "done"
+            >>> workflow = Workflow[str]().with_data(Order).register("add", add).add_exit_state("done")
+            >>> order = Order(41)
+            >>> asyncio.run(workflow.orchestrate("add", data=order)), order
+            ('done', Order(total=42))
+        """
+        self._check_open()
+        if not isinstance(data, type):
+            raise ConfigurationError(f"data must be a class, got {show(data)}")
+        if self._data not in (None, data):
+            raise ConfigurationError(f"workflow {self._name} has run data of type {show(self._data)} already")
+        data_classes.add(data)
+        self._data = data
+        return self
+
+    def with_checkpoint_store(self, store: CheckpointStore | None, *, codec: Codec | None = None) -> Self:
+        """Make the runs durable: each writes its rows to this store, and can be resumed there.
+
+        Every state that is entered is a row, written before its task begins; so a step is done for good once the next state
+        is entered. A run that ends well clears its rows.
+
+        Args:
+            store: A `SqliteCheckpointStore`, a `PostgresCheckpointStore`, an `InMemoryCheckpointStore` or one of your own;
+                None makes the runs what they are without.
+            codec: How cursors, outputs and run data become bytes; None is `JsonCodec`.
+
+        Raises:
+            ConfigurationError: The store lacks a method of `CheckpointStore`, or `codec` one of `Codec`.
+        """
+        self._check_open()
+        for method in () if store is None else ("append", "load_run", "clear"):
+            if not callable(getattr(store, method, None)):
+                raise ConfigurationError(f"store must have append, load_run and clear, got {show(store)}")
+        if codec is not None and not isinstance(codec, Codec):
+            raise ConfigurationError(f"codec must have encode and decode, got {show(codec)}")
+        self._store = store
+        self._codec = codec or JsonCodec()
+        return self
+
+    def with_workflow_version(self, version: int) -> Self:
+        """Number the definition: a run that was begun by another version is not resumed without a migration.
+
+        Args:
+            version: 0 to 4,294,967,295; 0 is what a workflow has that was given none.
+
+        Raises:
+            ConfigurationError: It is no such number.
+        """
+        self._check_open()
+        self._version = _number("version", version, 0, 0xFFFF_FFFF)
+        return self
+
+    def with_migration(self, migrate: Migration | None) -> Self:
+        """Say how rows that another version, or another definition, has written are to be read.
+
+        Args:
+            migrate: A function that is called with each such row when a run is resumed, and returns it as this definition
+                would have written it (`CheckpointRow.replace`); what it raises refuses the resume. The stored rows stay as
+                they are. None refuses every such run.
+
+        Raises:
+            ConfigurationError: It cannot be called.
+        """
+        self._check_open()
+        if migrate is not None and not callable(migrate):
+            raise ConfigurationError(f"migrate must be a function of a row, or None, got {show(migrate)}")
+        self._migrate = migrate
+        return self
+
+    def with_recovery_limit(self, limit: int) -> Self:
+        """Park a run that has begun one visit to a state so often: it may be what kills the process.
+
+        Args:
+            limit: 1 or more; 10 unless it is set. A run that was parked needs attention: `NeedsAttentionError`.
+
+        Raises:
+            ConfigurationError: It is no such number.
+        """
+        self._check_open()
+        self._recovery_limit = _number("limit", limit, 1, 1_000_000)
+        return self
+
     def copy(self) -> Workflow[S]:
         """A workflow with the same definition that is not frozen; tasks and resources are shared."""
         copy: Workflow[S] = type(self)(self._resources, name=self._name)
         copy._states = dict(self._states)
         copy._exits = dict(self._exits)
         copy._timeout = self._timeout
+        copy._compensation_timeout = self._compensation_timeout
         copy._workflow_id = self._workflow_id
+        copy._data = self._data
+        copy._store, copy._codec = self._store, self._codec
+        copy._version, copy._migrate, copy._recovery_limit = self._version, self._migrate, self._recovery_limit
         return copy
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -366,7 +545,7 @@ class Workflow(Generic[S]):
                 for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
-            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS)
+            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS, self._compensation_timeout, self._data)
         return self._table
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -378,6 +557,7 @@ class Workflow(Generic[S]):
         resources: Resources | Mapping[Any, Any] | None = None,
         workflow_id: str | None = None,
         timeout: Seconds | None = None,
+        data: object = None,
     ) -> S:
         """Run from a state until an exit state is reached, and return that state.
 
@@ -386,6 +566,7 @@ class Workflow(Generic[S]):
             resources: Used instead of the workflow's for this run; None takes the workflow's.
             workflow_id: Used instead of the workflow's for this run; None takes the workflow's.
             timeout: Seconds this run may take, instead of the workflow's; None takes the workflow's.
+            data: The run's own variables, where `with_data` says so: an instance of that class.
 
         Raises:
             ConfigurationError: The definition has problems, or an argument is refused; no user code has run.
@@ -396,8 +577,10 @@ class Workflow(Generic[S]):
             UnknownStateError: A task returned a state that is neither registered nor an exit state.
             Exception: Whatever a task raised, the same object, with a note and the attribute ``__cano__``.
 
-        Cancellation: the task in flight and every branch are cancelled and awaited, resources are torn down, then
-        `asyncio.CancelledError` goes on.
+            CompensationFailedError: The run failed, and not all of its compensatable steps could be undone.
+
+        Cancellation: the task in flight and every branch are cancelled and awaited, the compensatable steps that are done are
+        undone, resources are torn down, then `asyncio.CancelledError` goes on.
         """
         used = self._resources if resources is None else _as_resources(resources)
         run = _core.Run(
@@ -406,7 +589,11 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
+            None if self._data is None and data is None else self._checked_data(data),
+            None if self._store is None else self._new_log(workflow_id, data),
         )
+        if self._store is not None:
+            return await self._begin(run, used)
         if used._lifecycle:
             return await _with_resources(run, used)  # type: ignore[no-any-return]
         return await run  # type: ignore[no-any-return]
@@ -418,6 +605,7 @@ class Workflow(Generic[S]):
         resources: Resources | Mapping[Any, Any] | None = None,
         workflow_id: str | None = None,
         timeout: Seconds | None = None,
+        data: object = None,
     ) -> Run[S]:
         """Start a run in a task of its own, and return its handle; the arguments are those of `orchestrate`.
 
@@ -438,13 +626,136 @@ class Workflow(Generic[S]):
             used,
             self._workflow_id if workflow_id is None else _checked_id(workflow_id),
             self._timeout if timeout is None else _core.seconds("timeout", timeout),
+            None if self._data is None and data is None else self._checked_data(data),
+            None if self._store is None else self._new_log(workflow_id, data),
         )
-        body = _with_resources(run, used) if used._lifecycle else _drive(run)
+        if self._store is not None:
+            body = self._begin(run, used)
+        else:
+            body = _with_resources(run, used) if used._lifecycle else _drive(run)
         task: asyncio.Task[S] = loop.create_task(body, name=self._name)
         tasks = _tasks_of(loop)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         return Run(run, task)
+
+    # --- durable runs ------------------------------------------------------------------------------------------------
+
+    async def resume_from(
+        self,
+        workflow_id: str,
+        *,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        timeout: Seconds | None = None,
+    ) -> S:
+        """Go on with a run where its rows say it is, and return the exit state that it reaches.
+
+        The state that was entered last is entered again, with its visit's cursor and due time, and with the same
+        `RunContext.idempotency_key`; what came before is done. Where that state's task takes a SplitResult or a Caught error,
+        which only the step before can give, the step before is done again.
+
+        Args:
+            workflow_id: The id under which the run was begun.
+            resources: As for `orchestrate`.
+            timeout: As for `orchestrate`; the budget begins anew.
+
+        Raises:
+            RunNotFoundError: The store has no such run.
+            RunClaimedError: Somebody else goes on with it; no user code has run, and nothing was written.
+            WorkflowVersionError: It was begun by another version, or by another definition of the same version.
+            UnknownStateError: It is in a state that the workflow does not have.
+            NeedsAttentionError: It is parked, or is now, since it was begun too often (`with_recovery_limit`).
+            RunConflictError: It has been rolled back.
+            CorruptRowError: A row is damaged or missing.
+            Exception: What `orchestrate` raises.
+
+        Cancellation: as for `orchestrate`; the run can be resumed again.
+        """
+        if self._store is None:
+            raise ConfigurationError(f"workflow {self._name} has no checkpoint store: call with_checkpoint_store()")
+        return await self._resume(workflow_id, self._store, resources, timeout)
+
+    async def discard(self, workflow_id: str) -> None:
+        """Forget a run that nobody goes on with, as if it had never been; nothing is undone.
+
+        Raises:
+            RunClaimedError: Somebody goes on with it.
+            ConfigurationError: The workflow has no checkpoint store, or the id is refused.
+        """
+        if self._store is None:
+            raise ConfigurationError(f"workflow {self._name} has no checkpoint store: call with_checkpoint_store()")
+        await settled(self._store.clear(self._required_id(workflow_id)))
+
+    async def _resume(
+        self,
+        workflow_id: str,
+        store: Any,
+        resources: Resources | Mapping[Any, Any] | None = None,
+        timeout: Seconds | None = None,
+    ) -> S:
+        used = self._resources if resources is None else _as_resources(resources)
+        limit = self._timeout if timeout is None else _core.seconds("timeout", timeout)
+        table = self._table or self._frozen()
+        checked = self._required_id(workflow_id)
+
+        def launch(state: S, log: _core.Log, resumed: _core.Resumed, data: object) -> Awaitable[S]:
+            run = _core.Run(table, state, used, checked, limit, data, log, resumed)
+            return _with_resources(run, used) if used._lifecycle else _drive(run)
+
+        return await resume(self._definition(), Ownership(store, checked), table, launch)
+
+    async def _begin(self, run: _core.Run, used: Resources) -> S:
+        log = run.log
+        assert log is not None  # noqa: S101 - the caller made the run with one
+        body = partial(_with_resources, run, used) if used._lifecycle else partial(_drive, run)
+        return await begin(self._definition(), Ownership(self._store, run.id), log, body)
+
+    def _new_log(self, workflow_id: str | None, data: object) -> _core.Log:
+        checked = self._required_id(self._workflow_id if workflow_id is None else workflow_id)
+        return self._definition().log(Ownership(self._store, checked), data)
+
+    def _checked_data(self, data: object) -> object:
+        if self._data is None:
+            raise ConfigurationError(f"workflow {self._name} has no run data: with_data() gives it a class")
+        if not isinstance(data, self._data):
+            raise ConfigurationError(f"data must be an instance of {self._data.__qualname__}, got {show(data)}")
+        return data
+
+    def _required_id(self, workflow_id: str | None) -> str:
+        checked = _checked_id(workflow_id)
+        if checked is None:
+            raise ConfigurationError(
+                f"a run of workflow {self._name} is durable and needs a workflow_id, under which it can be resumed"
+            )
+        return checked
+
+    def _definition(self) -> Definition:
+        if self._known is None:
+            self._frozen()
+            cursors: dict[str, tuple[str, Any]] = {}
+            outputs: dict[str, tuple[str, Any]] = {}
+            parts: list[str] = []
+            for state, (work, _, _) in self._states.items():
+                parts.append(f"{_label(state)}: {_described(work)}")
+                if isinstance(work, _core.TaskSpec):
+                    parts[-1] += f", {work.model}, {work.cursor}, {work.output}"
+                    if work.cursor is not None:
+                        cursors[_label(state)] = (work.name, work.cursor)
+                    if work.output is not None:
+                        outputs[_label(state)] = (work.name, work.output)
+            digest = fingerprint((self._name, sorted(parts), sorted(map(_label, self._exits)), str(self._data)))
+            self._known = Definition(
+                self._name,
+                self._version,
+                digest,
+                self._codec,
+                cursors,
+                outputs,
+                self._data,
+                self._migrate,
+                self._recovery_limit,
+            )
+        return self._known
 
 
 # asyncio itself keeps only weak references to tasks.
@@ -467,13 +778,14 @@ class Run(Generic[S]):
     times. As with a task, cancelling whoever awaits it cancels the run; ``asyncio.shield(run)`` prevents that.
     """
 
-    __slots__ = ("__weakref__", "_cancelled", "_reason", "_run", "_task")
+    __slots__ = ("__weakref__", "_cancelled", "_failed", "_reason", "_run", "_task")
 
     def __init__(self, run: _core.Run, task: asyncio.Task[S]) -> None:
         self._run = run
         self._task = task
         self._cancelled = False
         self._reason: str | None = None
+        self._failed: CompensationFailedError | None = None
 
     @property
     def id(self) -> str:
@@ -524,6 +836,10 @@ class Run(Generic[S]):
             awaiter_is_cancelled = host is not None and host.cancelling() > before
             if not self._cancelled or awaiter_is_cancelled or not self._task.cancelled():
                 raise
+            if isinstance(cancelled.__cause__, CompensationFailedError):  # told to the first one who awaits
+                self._failed = cancelled.__cause__
+            if self._failed is not None:
+                raise self._failed from None
             raise self._cancelled_error() from cancelled
         finally:
             del self, host  # an exception's traceback holds this frame, which must not hold the task that holds it
@@ -597,6 +913,12 @@ def _described(work: _Work) -> str:
     if isinstance(work, _core.TaskSpec):
         return f"task {work.name}"
     return "a split made at run time" if isinstance(work, _core.Factory) else f"a split of {len(work)} branches"
+
+
+def _number(name: str, value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigurationError(f"{name} must be an int from {least} to {most}, got {show(value)}")
+    return value
 
 
 def _checked_id(workflow_id: Any) -> str | None:

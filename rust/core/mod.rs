@@ -31,6 +31,8 @@ pub mod format;
 
 pub mod claim;
 
+pub mod resume;
+
 pub mod ledger;
 
 #[cfg(test)]

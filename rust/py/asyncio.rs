@@ -14,6 +14,8 @@ pub(super) struct Asyncio {
     loop_of_this_thread: Py<PyAny>,
     current_task: Py<PyAny>,
     sleep: Py<PyAny>,
+    ensure_future: Py<PyAny>,
+    shield: Py<PyAny>,
     pub(super) task: Py<PyType>,
     base_loop_time: Py<PyAny>,
     monotonic: Py<PyAny>,
@@ -30,6 +32,8 @@ impl Asyncio {
                 loop_of_this_thread: asyncio.getattr("_get_running_loop")?.unbind(),
                 current_task: asyncio.getattr("current_task")?.unbind(),
                 sleep: asyncio.getattr("sleep")?.unbind(),
+                ensure_future: asyncio.getattr("ensure_future")?.unbind(),
+                shield: asyncio.getattr("shield")?.unbind(),
                 task: asyncio.getattr("Task")?.cast_into()?.unbind(),
                 base_loop_time: asyncio.getattr("BaseEventLoop")?.getattr("time")?.unbind(),
                 monotonic: py.import("time")?.getattr("monotonic")?.unbind(),
@@ -63,6 +67,19 @@ impl Asyncio {
 
     pub(super) fn sleep<'py>(&self, py: Python<'py>, seconds: f64) -> PyResult<Bound<'py, PyAny>> {
         self.sleep.bind(py).call1((seconds,))
+    }
+
+    /// A future or task for what can be awaited.
+    pub(super) fn ensure_future<'py>(&self, awaitable: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        self.ensure_future.bind(awaitable.py()).call1((awaitable,))
+    }
+
+    /// What a coroutine yields to wait for a future that goes on if the wait is cancelled.
+    pub(super) fn wait_for<'py>(&self, future: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = future.py();
+        let outer = self.shield.bind(py).call1((future,))?;
+        outer.setattr(intern!(py, "_asyncio_future_blocking"), true)?;
+        Ok(outer)
     }
 
     /// A number in [0, 1) for the core's jitter; Python's, so that `random.seed` makes a test repeatable.

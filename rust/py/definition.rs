@@ -261,6 +261,8 @@ pub(super) enum Source {
         classes: Py<PyTuple>,
         optional: bool,
     },
+    /// The run's own data, an instance of this class.
+    Data(Py<PyType>),
 }
 
 /// How a function wants to be called, read once from its signature, and the states its annotation declares.
@@ -288,6 +290,7 @@ impl Plan {
             .into_iter()
             .map(|(kind, key, class)| match kind.as_str() {
                 "cursor" => Ok(Source::Cursor),
+                "data" => Ok(Source::Data(key.extract(py)?)),
                 "resources" => Ok(Source::Resources),
                 "resource" => Ok(Source::Resource { key, class }),
                 "context" => Ok(Source::Context),
@@ -316,6 +319,7 @@ impl Plan {
                     visit.call(class)?;
                 }
                 Source::Caught { classes, .. } => visit.call(classes)?,
+                Source::Data(class) => visit.call(class)?,
                 Source::Resources | Source::Context | Source::Cursor | Source::Run | Source::Joined { .. } => {}
             }
         }
@@ -334,6 +338,19 @@ impl Plan {
         self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
     }
 
+    /// The classes of run data that parameters ask for.
+    pub(super) fn data(&self) -> impl Iterator<Item = &Py<PyType>> {
+        self.sources.iter().filter_map(|source| match source {
+            Source::Data(class) => Some(class),
+            _ => None,
+        })
+    }
+
+    /// Whether a parameter asks for what led into the state, be it there or not.
+    pub(super) fn wants_handed(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Joined { .. } | Source::Caught { .. }))
+    }
+
     fn wants_run(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Run))
     }
@@ -349,21 +366,64 @@ pub(super) struct TaskSpec {
     pub(super) model: Option<Py<PyString>>,
     /// Whether each attempt is one step of several.
     pub(super) has_steps: bool,
+    is_router: bool,
+    /// The annotation of its cursor, if it has one.
+    cursor: Option<Py<PyAny>>,
+    pub(super) compensation: Option<Py<Compensation>>,
+}
+
+/// How a compensatable task is undone.
+#[pyclass(frozen, module = "cano._core")]
+pub(super) struct Compensation {
+    /// Called with the output first.
+    pub(super) task: Py<TaskSpec>,
+    /// The annotation of the output.
+    pub(super) output_type: Py<PyAny>,
+    /// Whether the task is undone even if it began and did not end well.
+    register_before: bool,
+}
+
+#[pymethods]
+impl Compensation {
+    #[new]
+    fn new(task: Py<TaskSpec>, output_type: Py<PyAny>, register_before: bool) -> Self {
+        Self { task, output_type, register_before }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.task)?;
+        visit.call(&self.output_type)
+    }
 }
 
 #[pymethods]
 impl TaskSpec {
     #[new]
-    #[pyo3(signature = (call, name, plan, policy, model=None))]
+    #[pyo3(signature = (call, name, plan, policy, model=None, cursor=None, compensation=None))]
     fn new(
+        py: Python<'_>,
         call: Py<PyAny>,
         name: Py<PyString>,
         plan: Py<Plan>,
         policy: Option<Py<Policy>>,
         model: Option<Py<PyString>>,
+        cursor: Option<Py<PyAny>>,
+        compensation: Option<Py<Compensation>>,
     ) -> Self {
         let has_steps = plan.get().sources.iter().any(|source| matches!(source, Source::Cursor));
-        Self { call, name, plan, policy, model, has_steps }
+        let is_router = model.as_ref().is_some_and(|model| model.bind(py) == "router");
+        Self { call, name, plan, policy, model, has_steps, is_router, cursor, compensation }
+    }
+
+    /// The annotation of its output, if it can be undone.
+    #[getter]
+    fn output(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.compensation.as_ref().map(|compensation| compensation.get().output_type.clone_ref(py))
+    }
+
+    #[getter]
+    fn cursor(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.cursor.as_ref().map(|cursor| cursor.clone_ref(py))
     }
 
     #[getter]
@@ -384,7 +444,9 @@ impl TaskSpec {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.call)?;
         visit.call(&self.plan)?;
-        visit.call(&self.policy)
+        visit.call(&self.cursor)?;
+        visit.call(&self.policy)?;
+        visit.call(&self.compensation)
     }
 }
 
@@ -400,11 +462,23 @@ impl TaskSpec {
             policy: self.policy.as_ref().map(|policy| policy.clone_ref(py)),
             model: None,
             has_steps: false,
+            is_router: false,
+            cursor: None,
+            compensation: None,
         })
+    }
+
+    /// Whether its model is that of a router.
+    pub(super) fn is_router(&self) -> bool {
+        self.is_router
     }
 
     pub(super) fn plan_ref(&self) -> &Plan {
         self.plan.get()
+    }
+
+    pub(super) fn registers_before(&self) -> bool {
+        self.compensation.as_ref().is_some_and(|compensation| compensation.get().register_before)
     }
 
     pub(super) fn max_attempts(&self) -> u32 {

@@ -18,10 +18,12 @@ use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
 use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{Handed, RunContext, arguments};
-use super::errors::{AttemptTimeoutError, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{AttemptTimeoutError, CancelledError, CheckpointError, RetryExhaustedError, WorkflowError, from_panic};
 use super::failure::Failure;
+use super::log::{Log, Place};
 use super::route::tasks;
 use super::run::{Input, Run, Step, is_coroutine, step};
+use super::saga::Completion;
 use super::split::Split;
 use super::table::Kind;
 use super::timer::{Armed, Limit, Timer};
@@ -41,10 +43,14 @@ pub(super) enum Work {
     Attempt,
     /// An attempt at one step of a stepped task.
     Step,
+    /// An attempt at a compensatable task.
+    Forward,
     Backoff,
     /// The wait for the rate limiter, before an attempt.
     Admission,
     Factory,
+    /// The run ends with an error, and what it has done is undone.
+    RollBack,
 }
 
 pub(super) enum Phase {
@@ -52,7 +58,20 @@ pub(super) enum Phase {
     Call,
     Work(Work, Py<PyAny>),
     Join(Py<Split>),
+    /// The run failed before it was resumed.
+    Undo(PyErr),
+    /// A row is on its way; what follows once the store has it.
+    Log(Py<PyAny>, After),
     Over,
+}
+
+/// What follows a row.
+#[derive(Clone, Copy)]
+pub(super) enum After {
+    Call,
+    /// A compensatable step is done, and leads to this state.
+    Enter(usize),
+    Finish,
 }
 
 /// What follows a phase.
@@ -60,6 +79,8 @@ pub(super) enum Flow<'py> {
     Go(Phase),
     Suspend(Bound<'py, PyAny>, Phase),
     Finish(Bound<'py, PyAny>),
+    /// The error ends the run, and everything that could be undone is.
+    Fail(PyErr),
 }
 
 /// What is run.
@@ -93,8 +114,16 @@ pub(super) struct Drive {
     /// What the last step left for the next one.
     pub(super) cursor: Option<Py<PyAny>>,
     pub(super) timer: Timer,
+    /// The compensatable steps that are done, newest last.
+    pub(super) stack: Vec<Py<Completion>>,
+    /// The step whose completion is on its way to the log.
+    pub(super) done: Option<Completion>,
+    /// The row with which the present visit began.
+    pub(super) entered: Option<u64>,
     /// Whether the task's rate limiter has granted the next attempt.
     is_admitted: bool,
+    /// A cancel that came while a row was on its way.
+    withheld: Option<PyErr>,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
 }
@@ -111,7 +140,11 @@ impl Drive {
             handed: Handed::Nothing,
             cursor: None,
             timer: Timer::default(),
+            stack: Vec::new(),
+            done: None,
+            entered: None,
             is_admitted: false,
+            withheld: None,
             grant: None,
         }
     }
@@ -138,7 +171,7 @@ impl Drive {
         let mut input = Some(input);
         loop {
             let flow = match phase {
-                Phase::Enter(_) | Phase::Call if matches!(input, Some(Input::Throw(_))) => {
+                Phase::Enter(_) | Phase::Call | Phase::Undo(_) if matches!(input, Some(Input::Throw(_))) => {
                     let Some(Input::Throw(error)) = input else { unreachable!("matched above") };
                     self.interrupted(run, error).and_then(Err)
                 }
@@ -149,12 +182,14 @@ impl Drive {
                     self.work(run, work, inner.into_bound(py), input)
                 }
                 Phase::Join(split) => self.join(run, split, input.take()),
+                Phase::Undo(error) => self.undo(run, error),
+                Phase::Log(answer, after) => self.record(run, answer.into_bound(py), after, input.take()),
                 Phase::Over => return Err(WorkflowError::new_err("the run is over")),
             };
             input = None;
             let flow = match flow {
                 Ok(flow) => flow,
-                Err(error) => self.on_error(run, error)?,
+                Err(error) => self.on_error(run, error).or_else(|error| self.unwind(run, error))?,
             };
             match flow {
                 Flow::Go(next) => phase = next,
@@ -164,6 +199,7 @@ impl Drive {
                     return Ok(Advance::Suspended(value));
                 }
                 Flow::Finish(value) => return Ok(Advance::Finished(value)),
+                Flow::Fail(error) => return Err(error),
             }
         }
     }
@@ -173,6 +209,9 @@ impl Drive {
         let (py, this) = (run.py(), run.get());
         let env = this.env.get();
         let table = env.table.get();
+        if let Some(log) = this.durable() {
+            return self.enter_durably(run, log.get(), state);
+        }
         let counted = if table.counts_visits { table.states.len() } else { 0 };
         let until = match self.program {
             Program::Machine { until } => until,
@@ -221,11 +260,125 @@ impl Drive {
         }
     }
 
+    /// Enters a state once the store knows that it is entered.
+    fn enter_durably<'py>(&mut self, run: &Bound<'py, Run>, log: &Log, state: usize) -> PyResult<Flow<'py>> {
+        let (py, this) = (run.py(), run.get());
+        let table = this.env.get().table.get();
+        let entry = &table.states[state];
+        let visit = this.track.with(py, |track| {
+            track.enter(state, table.states.len());
+            track.visits[state]
+        });
+        self.state = state;
+        self.attempt = 0;
+        self.fresh = true;
+        if !entry.has_row() {
+            self.unsuspended += 1;
+            if self.unsuspended == TURN {
+                return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));
+            }
+            return self.call(run);
+        }
+        let is_exit = matches!(entry.kind, Kind::Exit);
+        let place = Place {
+            state: entry.label.bind(py).to_string(),
+            task: entry.task_name(py),
+            visit,
+            is_intent: entry.registers_before(),
+        };
+        match log.enter(py, place, is_exit) {
+            Ok(answer) => self.record(run, answer, if is_exit { After::Finish } else { After::Call }, None),
+            Err(error) => Err(self.failed(run, None, error)),
+        }
+    }
+
+    /// Waits for the answer to a row, whoever cancels the run meanwhile; then honours the cancel, or goes on.
+    pub(super) fn record<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        answer: Bound<'py, PyAny>,
+        after: After,
+        input: Option<Input<'py>>,
+    ) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        let is_done = answer.call_method0(intern!(py, "done"))?.is_truthy()?;
+        let is_cancelled = is_done && answer.call_method0(intern!(py, "cancelled"))?.is_truthy()?;
+        match input {
+            // What the answer is, it says itself.
+            Some(Input::Throw(error)) if is_cancelled || is_done && !error.is_instance_of::<CancelledError>(py) => {
+                drop(error);
+            }
+            Some(Input::Throw(error)) if error.is_instance_of::<CancelledError>(py) => {
+                if let Some(earlier) = self.withheld.take() {
+                    error.value(py).setattr(intern!(py, "__context__"), earlier.into_value(py))?;
+                }
+                self.withheld = Some(error);
+            }
+            Some(Input::Throw(error)) => return Err(error),
+            Some(Input::Send(_)) | None => {}
+        }
+        if !is_done {
+            let waiting = Asyncio::of(py)?.wait_for(&answer)?;
+            self.suspended(run)?;
+            return Ok(Flow::Suspend(waiting, Phase::Log(answer.unbind(), after)));
+        }
+        let answer = if is_cancelled {
+            Err(CheckpointError::new_err("the store has dropped a row on its way"))
+        } else {
+            answer.call_method0(intern!(py, "result"))
+        };
+        let mut sequence = None;
+        if let Some(log) = run.get().durable() {
+            match &answer {
+                Ok(_) => sequence = log.get().landed(py),
+                Err(error) => log.get().refused(py, error.value(py)),
+            }
+        }
+        if let Some(step) = self.done.take() {
+            self.push(run, step.recorded(sequence))?;
+        } else if sequence.is_some() {
+            self.entered = sequence;
+        }
+        match (answer, self.withheld.take()) {
+            (Ok(_), None) => {}
+            (Ok(_), Some(cancel)) => return Err(self.interrupted(run, cancel)?),
+            (Err(error), None) if matches!(after, After::Finish) => self.leave_open(run, error)?,
+            (Err(error), Some(cancel)) => {
+                cancel.value(py).setattr(intern!(py, "__context__"), error.into_value(py))?;
+                return Err(self.interrupted(run, cancel)?);
+            }
+            (Err(error), None) => {
+                self.timer.settle(py, None)?;
+                return Err(self.failed(run, None, error));
+            }
+        }
+        self.timer.settle(py, None)?;
+        Ok(match after {
+            After::Call => Flow::Go(Phase::Call),
+            After::Enter(next) => Flow::Go(Phase::Enter(next)),
+            After::Finish => Flow::Finish(run.get().env.get().state(py, self.state).clone()),
+        })
+    }
+
+    /// The last task is done, so the run is; that its log does not say so is told beside the result.
+    fn leave_open(&mut self, run: &Bound<'_, Run>, error: PyErr) -> PyResult<()> {
+        match run.get().durable() {
+            Some(log) if !log.get().is_lost(run.py()) => {
+                log.get().leave_open(run.py(), error);
+                Ok(())
+            }
+            _ => {
+                self.timer.settle(run.py(), None)?;
+                Err(self.failed(run, None, error))
+            }
+        }
+    }
+
     pub(super) fn call<'py>(&mut self, run: &Bound<'py, Run>) -> PyResult<Flow<'py>> {
         let py = run.py();
         if let Program::Branch(task) = &self.program {
             let task = task.clone_ref(py);
-            return self.begin(run, Work::Attempt, task.get());
+            return self.begin(run, Work::Attempt, &task);
         }
         if let Program::Items(items) = &mut self.program {
             let items = items.take();
@@ -234,18 +387,25 @@ impl Drive {
         let table = run.get().env.get().table.get();
         match &table.states[self.state].kind {
             Kind::Task { task, .. } => {
-                let work = if task.get().has_steps { Work::Step } else { Work::Attempt };
-                self.begin(run, work, task.get())
+                let work = match task.get() {
+                    TaskSpec { has_steps: true, .. } => Work::Step,
+                    TaskSpec { compensation: Some(_), .. } => {
+                        self.check_stack(run, task)?;
+                        Work::Forward
+                    }
+                    _ => Work::Attempt,
+                };
+                self.begin(run, work, task)
             }
-            Kind::Factory { task, .. } => self.begin(run, Work::Factory, task.get()),
+            Kind::Factory { task, .. } => self.begin(run, Work::Factory, task),
             Kind::Split { branches, join } => self.open(run, tasks(branches.bind(py))?, join),
             Kind::Exit => unreachable!("an exit state ends the run when it is entered"),
         }
     }
 
     /// Starts an attempt and runs it to its first suspension.
-    fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, task: &TaskSpec) -> PyResult<Flow<'py>> {
-        let (py, env) = (run.py(), run.get().env.get());
+    fn begin<'py>(&mut self, run: &Bound<'py, Run>, work: Work, spec: &Py<TaskSpec>) -> PyResult<Flow<'py>> {
+        let (py, env, task) = (run.py(), run.get().env.get(), spec.get());
         if let Some(error) = run.get().check_budget(py)? {
             self.attempt = 0;
             return Err(self.failed(run, None, error));
@@ -259,6 +419,9 @@ impl Drive {
         }
         self.attempt += 1;
         self.fresh = true;
+        if work == Work::Forward {
+            self.intend(run, spec)?;
+        }
         if let Some(limit) = task.attempt_timeout() {
             self.timer.attempt_deadline = Some(env.now(py)? + limit);
         }
@@ -357,7 +520,7 @@ impl Drive {
     }
 
     /// Steps the suspended coroutine.
-    fn work<'py>(
+    pub(super) fn work<'py>(
         &mut self,
         run: &Bound<'py, Run>,
         work: Work,
@@ -371,6 +534,7 @@ impl Drive {
                 self.timer.settle(run.py(), None)?;
                 self.returned(run, work, value)
             }
+            Step::Raised(error) if work == Work::RollBack => Ok(Flow::Fail(error)),
             Step::Raised(error) => {
                 drop(inner);
                 self.raised(run, work, error)
@@ -402,6 +566,8 @@ impl Drive {
             Work::Attempt if matches!(self.program, Program::Branch(_)) => Ok(Flow::Finish(value)),
             Work::Attempt => self.route(run, &value),
             Work::Step => self.stepped(run, &value),
+            Work::Forward => self.compensatable(run, &value),
+            Work::RollBack => Ok(Flow::Fail(PyErr::from_value(value))),
         }
     }
 
@@ -440,7 +606,7 @@ impl Drive {
             });
         }
         self.settle(run, Outcome::Failure);
-        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step)) else {
+        let Some(task) = self.task(run).filter(|_| matches!(work, Work::Attempt | Work::Step | Work::Forward)) else {
             return Err(self.failed(run, self.task(run), error));
         };
         self.retry(run, task, error)
@@ -586,11 +752,12 @@ impl Drive {
     pub(super) fn awaiting(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match &self.phase {
             Phase::Work(_, inner) => Some(inner.clone_ref(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Over => None,
+            Phase::Enter(_) | Phase::Call | Phase::Join(_) | Phase::Undo(_) | Phase::Log(..) | Phase::Over => None,
         }
     }
 
     pub(super) fn close(&mut self, py: Python<'_>) -> PyResult<()> {
+        let told = self.abandon(py);
         match mem::replace(&mut self.phase, Phase::Over) {
             Phase::Work(_, inner) => {
                 if let Some(close) = inner.bind(py).getattr_opt(intern!(py, "close"))? {
@@ -599,8 +766,9 @@ impl Drive {
                 Ok(())
             }
             Phase::Join(split) => Split::close(split.bind(py)),
-            Phase::Enter(_) | Phase::Call | Phase::Over => Ok(()),
+            Phase::Enter(_) | Phase::Call | Phase::Undo(_) | Phase::Log(..) | Phase::Over => Ok(()),
         }
+        .and(told)
     }
 
     pub(super) fn stop(&mut self, py: Python<'_>) {
@@ -611,7 +779,8 @@ impl Drive {
         match &self.phase {
             Phase::Work(_, inner) => visit.call(inner)?,
             Phase::Join(split) => visit.call(split)?,
-            Phase::Enter(_) | Phase::Call | Phase::Over => {}
+            Phase::Log(answer, _) => visit.call(answer)?,
+            Phase::Enter(_) | Phase::Call | Phase::Undo(_) | Phase::Over => {}
         }
         match &self.program {
             Program::Branch(task) => visit.call(task)?,
@@ -628,6 +797,12 @@ impl Drive {
             Handed::Caught(error) => visit.call(error)?,
         }
         visit.call(&self.cursor)?;
+        for step in &self.stack {
+            visit.call(step)?;
+        }
+        if let Some(step) = &self.done {
+            step.traverse(visit)?;
+        }
         self.timer.traverse(visit)
     }
 }

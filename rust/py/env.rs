@@ -13,6 +13,7 @@ use pyo3::{PyTraverseError, PyVisit};
 use super::asyncio::Clock;
 use super::definition::{Plan, Source};
 use super::errors::{self, WorkflowTimeoutError};
+use super::log::Log;
 use super::run::Run;
 use super::table::Table;
 
@@ -27,6 +28,10 @@ pub(super) struct Env {
     /// Numbers the runs of this process; tells a nested run's error from a stale one.
     pub(super) sequence: u64,
     pub(super) budget: Option<Budget>,
+    /// The run's own variables.
+    data: Option<Py<PyAny>>,
+    /// Where a durable run writes its rows.
+    pub(super) log: Option<Py<Log>>,
     run_id: OnceLock<Py<PyString>>,
     clock: OnceLock<Clock>,
     /// Resources looked up so far, by plan and argument; the plan is kept so that its address stays its own.
@@ -37,7 +42,7 @@ pub(super) struct Env {
 #[derive(Clone, Copy)]
 pub(super) struct Budget {
     started: f64,
-    limit: f64,
+    pub(super) limit: f64,
     pub(super) deadline: f64,
 }
 
@@ -48,6 +53,8 @@ impl Env {
         resources: Py<PyAny>,
         workflow_id: Option<Py<PyString>>,
         timeout: Option<f64>,
+        data: Option<Py<PyAny>>,
+        log: Option<Py<Log>>,
     ) -> PyResult<Self> {
         static RUNS: AtomicU64 = AtomicU64::new(1);
         let mut env = Self {
@@ -56,6 +63,8 @@ impl Env {
             workflow_id,
             sequence: RUNS.fetch_add(1, Ordering::Relaxed),
             budget: None,
+            data,
+            log,
             run_id: OnceLock::new(),
             clock: OnceLock::new(),
             found: Mutex::default(),
@@ -83,8 +92,10 @@ impl Env {
         if let Some(id) = self.run_id.get() {
             return Ok(id.clone_ref(py));
         }
-        let made = py.import("secrets")?.call_method1("token_hex", (16,))?;
-        let made = made.cast_into()?.unbind();
+        let made = match &self.log {
+            Some(log) => PyString::new(py, &log.get().run_id_in_hex()).unbind(),
+            None => py.import("secrets")?.call_method1("token_hex", (16,))?.cast_into()?.unbind(),
+        };
         Ok(self.run_id.get_or_init(|| made).clone_ref(py))
     }
 
@@ -125,6 +136,17 @@ impl Env {
         Ok(value)
     }
 
+    /// The run's own variables, for a parameter that asks for this class.
+    fn data<'py>(&self, class: &Bound<'py, PyType>) -> PyResult<Bound<'py, PyAny>> {
+        match &self.data {
+            Some(data) if data.bind(class.py()).is_instance(class)? => Ok(data.bind(class.py()).clone()),
+            _ => Err(errors::WorkflowError::new_err(format!(
+                "the task takes {} as run data, which this run does not have",
+                class.name()?
+            ))),
+        }
+    }
+
     pub(super) fn state<'py>(&self, py: Python<'py>, index: usize) -> &Bound<'py, PyAny> {
         self.table.get().states[index].key.bind(py)
     }
@@ -148,6 +170,8 @@ impl Env {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.table)?;
         visit.call(&self.resources)?;
+        visit.call(&self.data)?;
+        visit.call(&self.log)?;
         if let Some(clock) = self.clock.get() {
             visit.call(&clock.event_loop)?;
         }
@@ -249,9 +273,10 @@ impl RunContext {
     #[getter]
     fn idempotency_key(&self, py: Python<'_>) -> PyResult<String> {
         let env = self.env.get();
+        // A durable run knows its own id again; a new run under the same workflow id is another one.
         let id = match &env.workflow_id {
-            Some(id) => id.clone_ref(py),
-            None => env.run_id(py)?,
+            Some(id) if env.log.is_none() => id.clone_ref(py),
+            _ => env.run_id(py)?,
         };
         // Each part carries its length, so that no two places share a text.
         let mut text = String::new();
@@ -315,6 +340,7 @@ pub(super) fn arguments<'py>(
                 Some(run) => Ok(run.clone().into_any()),
                 None => Err(PyRuntimeError::new_err("a branch without a run of its own was asked for its run")),
             },
+            Source::Data(class) => env.data(class.bind(py)),
             Source::Joined { optional } => match handed {
                 Handed::Joined(result) => Ok(result.bind(py).clone()),
                 Handed::Nothing | Handed::Caught(_) if *optional => Ok(py.None().into_bound(py)),

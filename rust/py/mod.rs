@@ -48,6 +48,8 @@ mod limiter;
 
 mod table;
 
+mod log;
+
 mod env;
 
 mod failure;
@@ -76,6 +78,8 @@ mod drive;
 
 mod route;
 
+mod saga;
+
 #[pyo3::pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
@@ -89,7 +93,7 @@ mod _core {
     #[pymodule_export]
     use super::convert::seconds;
     #[pymodule_export]
-    use super::definition::{Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
+    use super::definition::{Compensation, Plan, Policy, PyJoinStrategy, PyRetryMode, TaskSpec};
     #[pymodule_export]
     use super::env::RunContext;
     #[pymodule_export]
@@ -100,6 +104,8 @@ mod _core {
     use super::limiter_policy::{LimiterSnapshot, PyRateLimiterPolicy, PyWindowPolicy};
     #[pymodule_export]
     use super::line::{PyLimiter, WaitingCall};
+    #[pymodule_export]
+    use super::log::{Log, Resumed};
     #[pymodule_export]
     use super::memory::MemoryStore;
     #[pymodule_export]
@@ -112,6 +118,8 @@ mod _core {
     use super::row::PyRow;
     #[pymodule_export]
     use super::run::Run;
+    #[pymodule_export]
+    use super::saga::Completion;
     #[pymodule_export]
     use super::split::Split;
     #[pymodule_export]

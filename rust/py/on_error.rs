@@ -11,8 +11,8 @@ use pyo3::types::PyType;
 use pyo3::{PyTraverseError, PyVisit};
 
 use super::errors::{
-    CanoError, ConfigurationError, InvalidTransitionError, ResourceError, RetryExhaustedError, UnknownStateError,
-    WorkflowError,
+    CanoError, CheckpointError, ConfigurationError, InvalidTransitionError, ResourceError, RetryExhaustedError,
+    UnknownStateError, WorkflowError,
 };
 
 /// The classes that are keys, none of them twice, and the index of the state that each leads to.
@@ -78,6 +78,7 @@ fn is_mistake(error: &Bound<'_, PyBaseException>) -> bool {
         || error.is_instance_of::<InvalidTransitionError>()
         || error.is_instance_of::<UnknownStateError>()
         || error.is_instance_of::<ResourceError>()
+        || error.is_instance_of::<CheckpointError>()
         // Those derived from it, such as a failed join, are what happens to a workflow that is right.
         || error.is_exact_instance_of::<WorkflowError>()
 }

@@ -8,7 +8,7 @@ use pyo3::types::{PyString, PyTuple};
 use crate::core::join::{Join, JoinVerdict};
 
 use super::definition::TaskSpec;
-use super::drive::{Drive, Flow, Items, Phase, Program, TURN};
+use super::drive::{After, Drive, Flow, Items, Phase, Program, TURN};
 use super::env::{Env, Handed};
 use super::errors::{
     InvalidTransitionError, TaskExecutionError, UnknownStateError, WorkflowError, join_error, shown_label,
@@ -46,6 +46,9 @@ impl Drive {
         if on_error.is_empty() || matches!(self.program, Program::Branch(_)) {
             return Err(error);
         }
+        if run.get().durable().is_some_and(|log| log.get().is_lost(py)) {
+            return Err(error);
+        }
         // A run that was told to stop does not go on, whatever its task made of the cancellation.
         if !self.fresh && self.timer.was_cancelled(py)? {
             return Err(error);
@@ -81,7 +84,7 @@ impl Drive {
 
     /// What a step returned: the next cursor, or `Done` with the next state.
     ///
-    /// The one place between two steps: a cursor that is to outlive the process is written here, before the next step.
+    /// A durable run writes the cursor before the next step.
     pub(super) fn stepped<'py>(&mut self, run: &Bound<'py, Run>, value: &Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
         let (py, table) = (run.py(), run.get().env.get().table.get());
         let class = value.get_type();
@@ -97,8 +100,16 @@ impl Drive {
             ));
             return Err(self.failed(run, self.task(run), error));
         }
-        self.cursor = Some(value.getattr(intern!(py, "cursor"))?.unbind());
+        let cursor = value.getattr(intern!(py, "cursor"))?;
+        self.cursor = Some(cursor.clone().unbind());
         self.attempt = 0;
+        if let Some(log) = run.get().durable() {
+            self.fresh = true;
+            return match log.get().cursor(&cursor, None) {
+                Ok(answer) => self.record(run, answer, After::Call, None),
+                Err(error) => Err(self.failed(run, self.task(run), error)),
+            };
+        }
         self.unsuspended += 1;
         if self.unsuspended == TURN {
             return Ok(Flow::Suspend(py.None().into_bound(py), Phase::Call));

@@ -13,7 +13,7 @@
 //! What is yielded goes up unchanged: it is the event loop's affair.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, ThreadId};
@@ -23,11 +23,15 @@ use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PySendResult, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyTypeInfo, PyVisit, ffi, intern};
 
+use crate::core::resume::Resumption;
+
 use super::definition::TaskSpec;
 use super::drive::{Advance, Drive, Items};
 use super::env::{Budget, Env, Scope};
 use super::errors::{TaskExecutionError, thrown};
 use super::failure::{Failure, Trail};
+use super::log::{Log, Resumed};
+use super::saga::Completion;
 use super::split::Split;
 use super::table::Table;
 
@@ -148,6 +152,21 @@ impl Track {
     /// How many states of the path are kept.
     const KEPT: usize = 256;
 
+    /// Takes over how far the run had come.
+    fn resume(&mut self, py: Python<'_>, table: &Table, found: &Resumption) {
+        let labels: HashMap<String, usize> =
+            table.states.iter().enumerate().map(|(index, state)| (state.label.bind(py).to_string(), index)).collect();
+        self.visits.resize(table.states.len(), 0);
+        for (label, count) in &found.visits {
+            if let Some(index) = labels.get(label) {
+                self.visits[*index] = *count;
+            }
+        }
+        self.entered = found.path.len() as u64;
+        let known = found.path.iter().filter_map(|label| labels.get(label).map(|index| *index as u32));
+        self.path.extend(known.skip(found.path.len().saturating_sub(Self::KEPT - 1)));
+    }
+
     pub(super) fn enter(&mut self, state: usize, counted_states: usize) {
         self.state = state;
         self.entered += 1;
@@ -250,6 +269,12 @@ impl Run {
         }
     }
 
+    /// Where the run writes its rows, if it is durable; a part of a run writes none.
+    #[inline]
+    pub(super) fn durable(&self) -> Option<&Py<Log>> {
+        self.env.get().log.as_ref().filter(|_| !self.is_part)
+    }
+
     /// A copy of the path, newest last, and how many states were entered in all.
     pub(super) fn path_copy(&self, py: Python<'_>) -> (Vec<u32>, u64) {
         let own = self.track.with(py, |track| (track.path.iter().copied().collect::<Vec<u32>>(), track.entered));
@@ -261,11 +286,20 @@ impl Run {
 
     /// Annotates the exception that ends the run, and hands it back.
     pub(super) fn annotate(&self, py: Python<'_>, failure: &Failure<'_>, error: PyErr) -> PyErr {
-        match self.trail(py) {
-            Ok(trail) => failure.annotate(py, self.env.get(), &trail, error.value(py)),
-            Err(problem) => problem.write_unraisable(py, None),
+        if let Err(problem) = self.annotate_value(py, failure, error.value(py)) {
+            problem.write_unraisable(py, None);
         }
         error
+    }
+
+    pub(super) fn annotate_value(
+        &self,
+        py: Python<'_>,
+        failure: &Failure<'_>,
+        error: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        failure.annotate(py, self.env.get(), &self.trail(py)?, error);
+        Ok(())
     }
 
     fn trail(&self, py: Python<'_>) -> PyResult<Trail> {
@@ -319,7 +353,8 @@ impl Run {
 #[pymethods]
 impl Run {
     #[new]
-    #[pyo3(signature = (table, state, resources, workflow_id, timeout, /))]
+    #[pyo3(signature = (table, state, resources, workflow_id, timeout, data=None, log=None, resumed=None, /))]
+    #[allow(clippy::too_many_arguments, reason = "all that a run is made of")]
     fn new(
         py: Python<'_>,
         table: Py<Table>,
@@ -327,10 +362,26 @@ impl Run {
         resources: Py<PyAny>,
         workflow_id: Option<Py<PyString>>,
         timeout: Option<f64>,
+        data: Option<Py<PyAny>>,
+        log: Option<Py<Log>>,
+        resumed: Option<&Bound<'_, Resumed>>,
     ) -> PyResult<Self> {
         let state = table.get().initial(state)?;
-        let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout)?)?;
-        Ok(Self::with_drive(env, state, Drive::machine(state, None), None, None))
+        let mut track = Track { state, ..Track::default() };
+        if let Some(resumed) = resumed {
+            track.resume(py, table.get(), &resumed.get().found);
+        }
+        let mut drive = Drive::machine(state, None);
+        if let Some(log) = log.as_ref().filter(|_| table.get().states[state].has_steps()) {
+            drive.cursor = log.get().take_cursor(py);
+        }
+        let env = Py::new(py, Env::new(py, table, resources, workflow_id, timeout, data, log)?)?;
+        if let Some(resumed) = resumed {
+            drive.resume(py, &env, &resumed.get().found)?;
+        }
+        let mut run = Self::with_drive(env, state, drive, None, None);
+        run.track = GilCell::new(track);
+        Ok(run)
     }
 
     fn __await__(slf: Py<Self>) -> Py<Self> {
@@ -409,6 +460,18 @@ impl Run {
         self.env.get().resources.clone_ref(py)
     }
 
+    /// Where a durable run writes its rows; None for another one, and for a part of a run.
+    #[getter]
+    fn log(&self, py: Python<'_>) -> Option<Py<Log>> {
+        self.durable().map(|log| log.clone_ref(py))
+    }
+
+    /// The label of a state of the workflow; None for anything else.
+    fn label_of(&self, state: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyString>>> {
+        let table = self.env.get().table.get();
+        Ok(table.find(state)?.map(|index| table.states[index].label.clone_ref(state.py())))
+    }
+
     /// When the budget of the whole run ends, in the loop's time; None without one.
     #[getter]
     fn deadline(&self) -> Option<f64> {
@@ -427,8 +490,7 @@ impl Run {
     #[pyo3(name = "annotate")]
     fn annotate_in_python(&self, error: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = error.py();
-        self.failure(py).annotate(py, self.env.get(), &self.trail(py)?, error);
-        Ok(())
+        self.annotate_value(py, &self.failure(py), error)
     }
 
     /// Does a task on items as they come, so many at once, and gives the `SplitResult`.
@@ -442,6 +504,20 @@ impl Run {
         concurrency: usize,
     ) -> Self {
         self.part(py, Items { task, iterator, feeder, concurrency })
+    }
+
+    /// A compensatable step of this run, as a row of its log tells of it.
+    #[pyo3(signature = (state, task, visit, sequence, output, /))]
+    fn completion(
+        &self,
+        py: Python<'_>,
+        state: &str,
+        task: &str,
+        visit: u32,
+        sequence: u64,
+        output: Option<Py<PyAny>>,
+    ) -> Completion {
+        Completion::stored(py, &self.env, (state, task), visit, sequence, output)
     }
 
     #[getter]

@@ -1,5 +1,7 @@
 //! The frozen form of a workflow: states by identity, everything about a state by index.
 
+use std::collections::{HashMap, HashSet, hash_map};
+
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple, PyType};
@@ -137,7 +139,7 @@ pub(super) struct State {
 pub(super) struct Table {
     index: Index,
     pub(super) states: Box<[State]>,
-    /// Whether some task asks for a `RunContext`, so that visits must be counted.
+    /// Whether some task asks for a `RunContext`, or can be undone, so that visits must be counted.
     pub(super) counts_visits: bool,
     /// Turns what a split factory returned into a tuple of `TaskSpec`.
     pub(super) prepare: Py<PyAny>,
@@ -149,6 +151,8 @@ pub(super) struct Table {
     /// What a step returns.
     pub(super) more: Py<PyType>,
     pub(super) done: Py<PyType>,
+    /// Seconds for a roll-back; None is the default.
+    pub(super) compensation_timeout: Option<f64>,
 }
 
 /// A state as the Python face hands it over.
@@ -336,6 +340,70 @@ impl Checked<'_> {
     }
 }
 
+/// Tasks that ask for run data which the runs of the workflow do not have.
+fn other_data(py: Python<'_>, states: &[Option<State>], data: Option<&Bound<'_, PyType>>) -> PyResult<Vec<String>> {
+    let mut problems = Vec::new();
+    let known = data.map_or(Ok("none".to_owned()), |data| data.name().map(|name| name.to_string()))?;
+    for State { label, kind, .. } in states.iter().flatten() {
+        let tasks: Vec<Py<TaskSpec>> = match kind {
+            Kind::Exit => Vec::new(),
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => vec![task.clone_ref(py)],
+            Kind::Split { branches, .. } => {
+                let tasks = branches.bind(py).iter().map(|branch| Ok(branch.cast_into::<TaskSpec>()?.unbind()));
+                tasks.collect::<PyResult<_>>()?
+            }
+        };
+        for task in &tasks {
+            let task = task.get();
+            let is_other = |class: &&Py<PyType>| data.is_none_or(|data| !data.is(class.bind(py)));
+            if let Some(class) = task.plan_ref().data().find(is_other) {
+                let (name, class) = (task.name.bind(py).to_cow()?, class.bind(py).name()?);
+                problems.push(format!(
+                    "task {name} of state {label} takes {class} as run data; the run data of the workflow is {known}"
+                ));
+            }
+        }
+    }
+    Ok(problems)
+}
+
+impl Checked<'_> {
+    /// Compensatable tasks that could not be told apart, and those that a branch of a split would run.
+    fn not_undone(&self, py: Python<'_>, states: &[Option<State>]) -> PyResult<Vec<String>> {
+        let mut problems = Vec::new();
+        let mut names: HashMap<String, String> = HashMap::new();
+        for state in states.iter().flatten() {
+            let Some(task) = state.compensatable() else { continue };
+            let (name, label) = (task.name.bind(py).to_string(), state.label.bind(py).to_string());
+            match names.entry(name) {
+                hash_map::Entry::Occupied(other) => problems.push(format!(
+                    "the compensatable tasks of states {} and {label} are both called {}; give each a name of its own",
+                    other.get(),
+                    other.key()
+                )),
+                hash_map::Entry::Vacant(free) => drop(free.insert(label)),
+            }
+        }
+        for (start, state) in states.iter().enumerate() {
+            let Some(State { label, kind: Kind::Task { task, fork: Some(join) }, .. }) = state else { continue };
+            let Some((branches, _)) = self.declared(task.get(), py)? else { continue };
+            let (mut seen, mut rest) = (HashSet::from([start, join.next]), branches.to_vec());
+            while let Some(index) = rest.pop() {
+                let Some(state) = states[index].as_ref().filter(|_| seen.insert(index)) else { continue };
+                if state.compensatable().is_some() {
+                    problems.push(format!(
+                        "a branch of the split in state {label} leads to {}, whose task is compensatable; \
+                         do it before the split or after the join",
+                        state.label.bind(py)
+                    ));
+                }
+                rest.extend(state.declared.iter().flatten());
+            }
+        }
+        Ok(problems)
+    }
+}
+
 /// Marks the task of a `register_split` whose branches are made at run time.
 #[pyclass(frozen, module = "cano._core")]
 pub(super) struct Factory {
@@ -359,7 +427,15 @@ impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, keys of `on_error`), registered
     /// states first.
     #[new]
-    fn new(py: Python<'_>, subject: &str, entries: Vec<Entry<'_>>, shims: Shims) -> PyResult<Self> {
+    #[pyo3(signature = (subject, entries, shims, compensation_timeout, data=None, /))]
+    fn new(
+        py: Python<'_>,
+        subject: &str,
+        entries: Vec<Entry<'_>>,
+        shims: Shims,
+        compensation_timeout: Option<f64>,
+        data: Option<&Bound<'_, PyType>>,
+    ) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
         let mut checked = Checked { index: &index, problems: Vec::new(), joined: Vec::new(), caught: Vec::new() };
@@ -374,13 +450,40 @@ impl Table {
             graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
         problems.append(&mut checked.problems);
         problems.extend(checked.handed_nothing(py, &states));
+        problems.extend(other_data(py, &states, data)?);
+        problems.extend(checked.not_undone(py, &states)?);
         if !problems.is_empty() {
             return Err(configuration(py, subject, problems));
         }
         let states: Vec<State> = states.into_iter().flatten().collect();
         let counts_visits = states.iter().any(|state| state.wants_context(py));
         let (prepare, drive, single, split, more, done) = shims;
-        Ok(Self { index, states: states.into_boxed_slice(), counts_visits, prepare, drive, single, split, more, done })
+        Ok(Self {
+            index,
+            states: states.into_boxed_slice(),
+            counts_visits,
+            prepare,
+            drive,
+            single,
+            split,
+            more,
+            done,
+            compensation_timeout,
+        })
+    }
+
+    /// The labels of the states that a run cannot be resumed in: they take what only the step before them can give.
+    #[getter]
+    fn passing(&self, py: Python<'_>) -> Vec<String> {
+        self.states.iter().filter(|state| !state.lasts()).map(|state| state.label.bind(py).to_string()).collect()
+    }
+
+    /// The states by their labels.
+    #[getter]
+    fn labels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let labels = PyDict::new(py);
+        self.states.iter().try_for_each(|state| labels.set_item(&state.label, &state.key))?;
+        Ok(labels)
     }
 
     /// Refuses a state in which no run can start.
@@ -405,19 +508,54 @@ impl Table {
 }
 
 impl State {
-    /// The task, where no attempt timeout, no rate limiter and no cursor has to be looked after.
+    /// The task, where no attempt timeout, no rate limiter, no cursor and no output has to be looked after.
     #[inline]
     pub(super) fn untimed_task(&self) -> Option<&TaskSpec> {
         match &self.kind {
             Kind::Task { task, .. }
                 if task.get().attempt_timeout().is_none()
                     && task.get().limiter().is_none()
-                    && !task.get().has_steps =>
+                    && !task.get().has_steps
+                    && task.get().compensation.is_none() =>
             {
                 Some(task.get())
             }
             _ => None,
         }
+    }
+
+    /// The task of the state, if it has one.
+    fn task(&self) -> Option<&TaskSpec> {
+        match &self.kind {
+            Kind::Task { task, .. } | Kind::Factory { task, .. } => Some(task.get()),
+            Kind::Split { .. } | Kind::Exit => None,
+        }
+    }
+
+    /// What a row calls the task; nothing for a split and an exit.
+    pub(super) fn task_name(&self, py: Python<'_>) -> String {
+        match &self.kind {
+            Kind::Task { task, .. } => task.get().name.bind(py).to_string(),
+            Kind::Factory { .. } | Kind::Split { .. } | Kind::Exit => String::new(),
+        }
+    }
+
+    pub(super) fn has_steps(&self) -> bool {
+        self.task().is_some_and(|task| task.has_steps)
+    }
+
+    pub(super) fn registers_before(&self) -> bool {
+        self.task().is_some_and(TaskSpec::registers_before)
+    }
+
+    /// Whether entering the state is worth a row: a router only chooses, and chooses again.
+    pub(super) fn has_row(&self) -> bool {
+        !self.task().is_some_and(TaskSpec::is_router)
+    }
+
+    /// Whether a run can be resumed in this state.
+    fn lasts(&self) -> bool {
+        self.has_row() && !self.task().is_some_and(|task| task.plan_ref().wants_handed())
     }
 
     /// Whether the task's annotation allows this next state.
@@ -434,10 +572,18 @@ impl State {
         }
     }
 
+    /// The task, if it can be undone.
+    fn compensatable(&self) -> Option<&TaskSpec> {
+        match &self.kind {
+            Kind::Task { task, .. } => Some(task.get()).filter(|task| task.compensation.is_some()),
+            Kind::Exit | Kind::Split { .. } | Kind::Factory { .. } => None,
+        }
+    }
+
     fn wants_context(&self, py: Python<'_>) -> bool {
         match &self.kind {
             Kind::Exit => false,
-            Kind::Task { task, .. } => task.get().plan_ref().wants_context(),
+            Kind::Task { task, .. } => task.get().plan_ref().wants_context() || task.get().compensation.is_some(),
             // A fork's or a factory's branches may want one.
             Kind::Factory { .. } => true,
             Kind::Split { branches, .. } => branches
@@ -461,6 +607,10 @@ impl Table {
             None if is_hashable(state)? => self.index.by_value(state),
             None => Ok(None),
         }
+    }
+
+    pub(super) fn by_label(&self, py: Python<'_>, label: &str) -> Option<usize> {
+        self.states.iter().position(|state| state.label.bind(py).to_cow().is_ok_and(|found| found == label))
     }
 
     /// Whether some state of this workflow is of exactly this type.

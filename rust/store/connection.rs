@@ -93,12 +93,15 @@ enum Identity {
     Store,
 }
 
+/// One statement, so that it does not see half of what another process makes of a new file.
 fn identify(connection: &Connection) -> Result<Identity, OpenReason> {
-    let number = |sql| connection.query_row(sql, [], |found| found.get::<_, i64>(0));
-    let application = number("PRAGMA application_id")?;
-    let version = number("PRAGMA user_version")?;
-    let tables = number("SELECT count(*) FROM sqlite_schema")?;
-    match (application, version, tables) {
+    let what: (i64, i64, i64) = connection.query_row(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)
+         FROM pragma_application_id, pragma_user_version",
+        [],
+        |found| Ok((found.get(0)?, found.get(1)?, found.get(2)?)),
+    )?;
+    match what {
         (APPLICATION, VERSION, _) => Ok(Identity::Store),
         (APPLICATION, version, _) => Err(OpenReason::Version { version }),
         (0, 0, 0) => Ok(Identity::Empty),

@@ -15,6 +15,8 @@ from cano import (
     CircuitBreaker,
     CircuitPolicy,
     CircuitState,
+    CompensatableTask,
+    CompensationFailedError,
     Continue,
     Done,
     FromResources,
@@ -26,6 +28,7 @@ from cano import (
     MemoryStore,
     More,
     MultiRateLimiter,
+    Orphan,
     Pending,
     Permit,
     PollErrorPolicy,
@@ -186,6 +189,19 @@ def read(res: Resources) -> Order:
     return Order.PAID
 
 
+class Reserve(CompensatableTask[Order, int]):
+    async def run(self, ctx: RunContext) -> tuple[Literal[Order.PAID], int]:
+        return Order.PAID, ctx.visit
+
+    async def compensate(self, output: int, res: Resources) -> None: ...
+
+
+def look_after(error: CompensationFailedError) -> None:
+    assert_type(error.orphans, tuple[Orphan, ...])
+    assert_type(error.exceptions[0], Exception | ExceptionGroup[Exception])
+    assert_type(error.orphans[0].error, Exception)
+
+
 async def use() -> None:
     workflow = Workflow[Order](Resources({"store": MemoryStore()}))
     join = JoinConfig(JoinStrategy.Quorum(2), Order.DONE, timeout=1).with_bulkhead(4)
@@ -199,6 +215,9 @@ async def use() -> None:
     workflow.register_split(Order.PAID, [pay, Charge(), Import(), Follow(2)], join).add_exit_states([Order.DONE])
     assert_type(workflow.register_router(Order.NEW, Choose()), Workflow[Order])
     workflow.register(Order.NEW, Upload()).register(Order.NEW, CoolDown())
+    assert_type(
+        workflow.register_with_compensation(Order.NEW, Reserve(), register_before=True), Workflow[Order]
+    ).with_compensation_timeout(5)
     workflow.register_stepped(Order.NEW, Pages(), config=TaskConfig.minimal()).register_stream(Order.NEW, Readings())
     bulkhead = Bulkhead(4, name="database")
     assert_type(join.with_bulkhead(bulkhead), JoinConfig[Order])

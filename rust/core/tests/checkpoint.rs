@@ -14,7 +14,7 @@ fn id() -> WorkflowId {
 }
 
 /// A row with nothing but what its kind needs.
-fn row(kind: RowKind, sequence: u64, state: &str, task: &str) -> Row {
+pub(super) fn row(kind: RowKind, sequence: u64, state: &str, task: &str) -> Row {
     let mut row = Row {
         sequence,
         kind,

@@ -7,6 +7,7 @@ mod claim;
 mod graph;
 mod join;
 mod limiter;
+mod resume;
 mod retry;
 mod time;
 mod window;
