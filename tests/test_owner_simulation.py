@@ -145,11 +145,8 @@ class Database:
                 if run is not None:
                     self.standing(run).clear(fence, self._now)
                     del self.runs[workflow_id], self.running[workflow_id]
-                    cleared.append({"run": workflow_id, "place": place})
+                    cleared.append({"run": workflow_id, "place": place, "left_over": 0})
         return cleared
-
-    def _clear_rows(self, _runs):
-        return []
 
     def _standings(self, ids, sequences):
         found = []
@@ -251,9 +248,6 @@ class Connection:
             await asyncio.sleep(link.dice.choice((0.01, limit)))
             raise TimeoutError
         return found
-
-    def transaction(self):
-        return contextlib.nullcontext()
 
     async def close(self):
         self._is_closed = True

@@ -457,6 +457,23 @@ async def test_an_id_that_was_cleared_begins_anew(store, other):
         await store.append("run", entry(1), fence=fence)
 
 
+async def test_a_clear_leaves_no_row_behind(store, server, schema):
+    """Clearing forgets the rows of a run, also one that was added while the clear was on its way."""
+    await store.append("run", entry(0))
+    async with raw(server) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        assert await _append_by_hand(connection, schema, "run", entry(1), None) == 1
+        clearing = asyncio.get_running_loop().create_task(store.clear("run"))
+        await asyncio.sleep(0.1)
+        assert not clearing.done()
+        await transaction.commit()
+        await clearing
+
+        assert await connection.fetch(f"SELECT FROM {schema}.rows") == []
+    assert await store.load_run("run") == []
+
+
 async def test_runs_are_listed_by_status_and_age(store):
     """Runs are listed by status, by the age of their last write, the longest untouched first, and as many as asked for."""
     for number in range(3):

@@ -128,9 +128,6 @@ class Connection:
             found: list[Any] = await prepared.fetch(*arguments)
             return found
 
-    def transaction(self) -> Any:
-        return self._connection.transaction()
-
     async def close(self) -> None:
         """Say good-bye to the server, which must take it within a second."""
         try:

@@ -238,13 +238,16 @@ WITH found AS MATERIALIZED (
         ELSE r.fence = e.fence
     END
     FOR UPDATE OF r SKIP LOCKED
+), x AS (
+    DELETE FROM {schema}.rows AS x USING found WHERE x.run = found.run RETURNING x.run
+), u AS (
+    DELETE FROM {schema}.runs AS r USING found WHERE r.run = found.run RETURNING r.run, r.kept_rows, found.place
 )
-DELETE FROM {schema}.runs AS r USING found WHERE r.run = found.run
-RETURNING r.run, found.place
+SELECT run, place, kept_rows - (SELECT count(*) FROM x WHERE x.run = u.run) AS left_over FROM u
 """
 
 CLEAR_ROWS = "DELETE FROM {schema}.rows WHERE run = ANY ($1::bigint[])"
-"""After `CLEAR` and in its transaction: now nobody adds a row any more, and those added before can be seen."""
+"""For what `CLEAR` could not see: rows that were added between its beginning and its turn at the run."""
 
 STANDINGS = """
 SELECT e.place, r.workflow_id, r.status, r.owner, r.fence, r.ticket, r.next_sequence, r.kept_rows, r.kept_bytes,

@@ -335,14 +335,12 @@ class Writer:
             found = await connection.fetch(name, self.owner, *columns, limit=limit)
             fences = {record["workflow_id"]: record["fence"] for record in found}
             return [fences.get(operation.workflow_id, _LEFT_OUT) for operation in operations]
-        if name == "CLEAR":
-            async with connection.transaction():
-                found = await connection.fetch(name, *columns, limit=limit)
-                await connection.fetch("CLEAR_ROWS", [record["run"] for record in found], limit=limit)
-        elif name == "RELEASE":
+        if name in ("CLEAR", "RELEASE"):
             found = await connection.fetch(name, *columns, limit=limit)
         else:
             found = await connection.fetch(name, *columns, *_LIMITS, limit=limit)
+        if name == "CLEAR" and (left_over := [record["run"] for record in found if record["left_over"]]):
+            await connection.fetch("CLEAR_ROWS", left_over, limit=limit)
         for record in found:
             answers[record["place"] - 1] = None
         return answers
