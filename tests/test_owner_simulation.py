@@ -78,14 +78,14 @@ class Database:
         if run.status == "running":
             self.running[run.workflow_id] = run
 
-    def _beat(self, owner, lease):
+    def _beat(self, owner, lease, _sync):
         self.leases[owner] = max(self.leases.get(owner, 0), self._loop.time() + lease.total_seconds())
         return []
 
     def _forget_owners(self):
         return []
 
-    def _start(self, owner, ids, tickets, _workflows, _versions):
+    def _start(self, owner, ids, tickets, _workflows, _versions, _sync):
         started = []
         for workflow_id, ticket in zip(ids, tickets, strict=True):
             if workflow_id not in self.runs:
@@ -94,7 +94,7 @@ class Database:
                 started.append({"workflow_id": workflow_id, "fence": run.fence})
         return started
 
-    def _claim(self, owner, ids, tickets):
+    def _claim(self, owner, ids, tickets, _sync):
         claimed = []
         for workflow_id, ticket in zip(ids, tickets, strict=True):
             run = self.runs.get(workflow_id)
@@ -126,7 +126,7 @@ class Database:
                 self.refused += 1
         return added
 
-    def _release(self, ids, fences, _stopped):
+    def _release(self, ids, fences, _stopped, _sync):
         released = []
         for place, (workflow_id, fence) in enumerate(zip(ids, fences, strict=True), 1):
             run = self.runs.get(workflow_id)
@@ -137,7 +137,7 @@ class Database:
                     released.append({"place": place})
         return released
 
-    def _clear(self, ids, fences):
+    def _clear(self, ids, fences, _sync):
         cleared = []
         for place, (workflow_id, fence) in enumerate(zip(ids, fences, strict=True), 1):
             run = self.runs.get(workflow_id)
@@ -214,6 +214,8 @@ class Connection:
     """A connection of the simulated database, with the face of `_postgres_connection.Connection`."""
 
     links: dict[str, Link] = {}  # noqa: RUF012 - of the simulation that runs
+
+    sync = "on"
 
     def __init__(self, link: Link) -> None:
         self._link = link

@@ -260,6 +260,30 @@ async def test_appends_that_wait_share_a_commit(server, schema, batch):
     assert len(commits) <= 100 // batch + 2
 
 
+@pytest.mark.parametrize("default", ["on", "off"])
+@pytest.mark.parametrize("last", ["done", "refused"])
+async def test_what_was_answered_is_on_the_disk(server, schema, default, last):
+    """When operations of several kinds that share a turn are answered, all of them are on the disk, whatever the default is."""
+    async with (
+        PostgresCheckpointStore(f"{server.dsn}?synchronous_commit={default}", schema=schema) as store,
+        raw(server) as connection,
+    ):
+        flushed = []
+        for number in range(30):
+            fence, old = await begun(store, f"run-{number}"), await begun(store, f"old-{number}")
+            found = await asyncio.gather(
+                store.append(f"run-{number}", entry(1), fence=fence),
+                store.start_run(f"new-{number}", workflow="test", version=1),
+                store.clear(f"old-{number}", fence=old if last == "done" else fence),
+                return_exceptions=True,
+            )
+            assert isinstance(found[2], RunClaimedError) == (last == "refused")
+            at_once = "SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"
+            flushed.append(await connection.fetchval(at_once))
+
+    assert sum(flushed) > 25  # the server writes things of its own now and then
+
+
 async def test_what_is_refused_does_not_disturb_the_others(store, server, schema):
     """Of many operations that share a statement, those that may not be done are refused by themselves."""
     fences = [await begun(store, f"run-{number}") for number in range(20)]
@@ -518,7 +542,7 @@ async def test_an_append_that_meets_a_take_over_is_refused(store, other, server,
         await expire(connection, schema)
         transaction = connection.transaction()
         await transaction.start()
-        claimed = await connection.fetch(sql.CLAIM.replace("{schema}", schema), "somebody", ["run"], [bytes(16)])
+        claimed = await connection.fetch(sql.CLAIM.replace("{schema}", schema), "somebody", ["run"], [bytes(16)], "on")
         assert len(claimed) == 1
         appending = asyncio.get_running_loop().create_task(store.append("run", entry(1), fence=fence))
         await asyncio.sleep(0.2)
@@ -537,7 +561,7 @@ async def _append_by_hand(connection, schema, workflow_id, row, fence):
         None, None, row.run_id, row.recorded_at, row.workflow_version, row.encode(workflow_id),
     ]  # fmt: skip
     statement = sql.APPEND.replace("{schema}", schema)
-    return len(await connection.fetch(statement, *[[column] for column in columns], 50_000, 50 << 20))
+    return len(await connection.fetch(statement, *[[column] for column in columns], 50_000, 50 << 20, "on"))
 
 
 async def test_a_new_owner_has_loaded_all_that_the_old_one_wrote(store, other, server, schema):
@@ -717,8 +741,8 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
         await store.release("run", fence)
     send, failures = Writer._send, itertools.count()
 
-    async def done_and_lost(self, connection, name, operations):
-        answers = await send(self, connection, name, operations)
+    async def done_and_lost(self, connection, name, operations, sync):
+        answers = await send(self, connection, name, operations, sync)
         if next(failures) == 0:
             raise ConnectionResetError
         return answers
