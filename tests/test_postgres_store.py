@@ -674,6 +674,37 @@ async def test_the_runs_of_a_killed_process_are_taken_over(server, schema):
             await store.append(workflow_id, entry(len(rows)), fence=fence)
 
 
+async def test_the_workflows_of_a_killed_process_are_finished_by_another(server, schema):
+    """Another process goes on where the killed one was: no step is left out, and only the one under way is begun again."""
+    [victim] = processes("serve", server, schema, 1.0, "victim", 20)
+    [heir] = processes("serve", server, schema, 1.0, "heir", 0)
+    with ended([victim, heir]):
+        begun_by_victim = [line(victim)[1:] for _ in range(50)]
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        begun_by_victim += [words.split()[1:] for words in victim.communicate()[0].splitlines()]
+        assert line(heir) == ["served", "heir"]
+        begun_by_heir, recovered = [], {}
+        while len(recovered) < len({run for run, *_ in begun_by_victim}):
+            word, run, *rest = line(heir)
+            if word == "step":
+                begun_by_heir.append([run, *rest])
+            else:
+                recovered[run] = rest
+
+    assert time.monotonic() - killed < 5
+    assert set(map(tuple, recovered.values())) == {("step-5",)}
+    for run in recovered:
+        before = [(int(step), key) for name, step, key in begun_by_victim if name == run]
+        after = [(int(step), key) for name, step, key in begun_by_heir if name == run]
+        assert [step for step, _ in before] == list(range(len(before)))
+        first = after[0][0] if after else 5
+        assert first in (len(before) - 1, len(before))
+        assert [step for step, _ in after] == list(range(first, 5))
+        again = {step: key for step, key in before if step == first}
+        assert all(key == again.get(step, key) for step, key in after)
+
+
 async def test_a_process_that_was_paused_writes_nothing_more(server, schema):
     """A process that comes back after its runs were taken over is refused in each, and has added no row."""
     async with PostgresCheckpointStore(server.dsn, schema=schema, lease=LEASE) as store:
