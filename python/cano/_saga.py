@@ -10,8 +10,10 @@ is collected and the others still run. What ends it early is its own time limit,
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from . import _core
@@ -44,6 +46,9 @@ class CompensatableTask(Task[S], Generic[S, T]):
     both async or plain, and both may take parameters that are filled in as those of any task (``compensate`` gets neither a
     SplitResult nor a Caught error). If the run fails later, times out or is cancelled, the outputs of the steps that it has
     done are handed to ``compensate``, newest first.
+
+    No cancel of the run interrupts ``run``, nor does the run's timeout: they wait until it is done, and then it is undone.
+    What cuts it short is its own ``attempt_timeout``.
 
     ``compensate`` runs at least once, so it should not mind to run again. Its ``RunContext`` is that of the step: the same
     state, visit and ``idempotency_key``. It is bounded by the task's ``attempt_timeout``, and neither repeated nor held up by
@@ -100,11 +105,53 @@ _REASON_LIMIT = 4096
 
 def _reason(error: BaseException) -> bytes:
     """Why a run failed, for its log: type and text."""
-    return _cut(f"{type(error).__qualname__}: {error}")
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's, and must not hold the roll-back up
+        text = "its text cannot be had"
+    return _cut(f"{type(error).__qualname__}: {text}")
 
 
 def _cut(text: str) -> bytes:
     return text.encode(errors="replace")[:_REASON_LIMIT]
+
+
+async def uninterrupted(work: Awaitable[Any], limit: float | None) -> Any:
+    """What a compensatable step comes to, in a task of its own: nobody could say what one that was cut short has done.
+
+    Args:
+        work: What the task's ``run`` returned.
+        limit: The task's ``attempt_timeout``, the only thing that ends it.
+
+    Cancellation: it is waited for all the same; the drive keeps the cancel, which goes on then.
+    """
+    task = asyncio.get_running_loop().create_task(_attempt(work, limit), name="compensatable step")
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    try:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+        return task.result()
+    except BaseException:
+        task.cancel()  # for a run that was closed
+        if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+            work.close()
+        raise
+    finally:
+        del task  # an exception's traceback holds this frame, which must not hold the exception
+
+
+async def _attempt(work: Awaitable[Any], limit: float | None) -> Any:
+    scope = asyncio.timeout(limit)
+    try:
+        async with scope:
+            return await work
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        text = f"the attempt took longer than its attempt_timeout of {limit} s"
+        raise AttemptTimeoutError(text, limit or 0.0) from error.__cause__
 
 
 async def roll_back(
@@ -150,7 +197,7 @@ def abandon(steps: Sequence[_core.Completion]) -> None:
 
 
 # asyncio itself keeps only weak references to tasks.
-_tasks: set[asyncio.Task[None]] = set()
+_tasks: set[asyncio.Task[Any]] = set()
 
 
 class _RollBack:
