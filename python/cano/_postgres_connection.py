@@ -92,6 +92,8 @@ class Connection:
         self._connection = connection
         self._schema = f'"{schema}"'
         self._prepared: dict[str, Any] = {}
+        self.sync = "on"
+        """The setting with which a commit waits for the disk."""
 
     @classmethod
     async def open(cls, dsn: str, schema: str, *, limit: float, settings: str = "") -> "Connection":
@@ -112,6 +114,7 @@ class Connection:
             try:
                 if settings:
                     await opened._connection.execute(settings)
+                    opened.sync = await opened._value(sql.SYNC)
                 await opened._bring_up_to_date()
             except BaseException:
                 opened.terminate()
@@ -127,9 +130,6 @@ class Connection:
                 prepared = self._prepared[name] = await self._connection.prepare(statement, name=f"cano_{name.lower()}")
             found: list[Any] = await prepared.fetch(*arguments)
             return found
-
-    def transaction(self) -> Any:
-        return self._connection.transaction()
 
     async def close(self) -> None:
         """Say good-bye to the server, which must take it within a second."""
