@@ -169,7 +169,7 @@ async def failed(workflow, initial=S.START, **options):
 
 async def test_rows_of_a_run(store):
     """Each state that is entered is a row, written before its task begins, under dense numbers."""
-    # CK-001, CK-002, CK-007, CK-011
+    # CK-001, CK-002, CK-007, CK-011, FSM-004
     seen = []
 
     async def looks():
@@ -191,7 +191,7 @@ async def test_rows_of_a_run(store):
 
 async def test_run_that_ends_well_leaves_nothing(store):
     """The rows are cleared; their last was that of the exit state."""
-    # CK-001, CK-003
+    # CK-001, CK-003, FSM-005
     steps = Steps()
     kept = []
     clear = store.clear
@@ -559,7 +559,7 @@ async def test_set_up_that_fails_in_a_fresh_run(store):
 
 async def test_other_version(store):
     """A run of another version is refused, both named; nothing runs, and the log stays."""
-    # RS-008, RS-027
+    # RS-008, RS-027, ER-009
     steps = Steps({"work": 1})
     await failed(steps.workflow(store).with_workflow_version(1))
     rows = await rows_of(store)
@@ -638,18 +638,7 @@ async def test_migration(store):
 
 
 def renamed(row, state):
-    return CheckpointRow(
-        row.sequence,
-        row.kind,
-        state,
-        task_id=row.task_id,
-        visit=row.visit,
-        attempt=row.attempt,
-        workflow_version=row.workflow_version,
-        fingerprint=row.fingerprint,
-        run_id=row.run_id,
-        recorded_at=row.recorded_at,
-    )
+    return row.replace(state=state)
 
 
 async def test_state_that_the_workflow_does_not_have(store):

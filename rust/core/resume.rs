@@ -79,7 +79,9 @@ impl Resumption {
             to_undo: Vec::new(),
             snapshot: None,
         };
-        rows.iter().for_each(|row| found.read(row));
+        for row in rows {
+            found.read(row);
+        }
         if let Position::Again { state, visit, .. } = &found.position {
             found.path.pop();
             found.visits.insert(state.clone(), visit - 1);
@@ -101,7 +103,7 @@ impl Resumption {
             }
             RowKind::StepCursor => {
                 if let Position::Again { cursor, .. } = &mut self.position {
-                    *cursor = row.payload.clone();
+                    cursor.clone_from(&row.payload);
                 }
                 self.lead_on(row);
             }
