@@ -80,8 +80,10 @@ SET plan_cache_mode = force_generic_plan; -- planning would take longer than doi
 SET enable_hashjoin = off; -- everything is looked up by its key, also while the planner still takes the tables for small
 SET enable_mergejoin = off;
 SET enable_seqscan = off;
+SET lock_timeout = {lock_timeout};
+SET statement_timeout = {statement_timeout};
 """
-"""Of the connection that writes."""
+"""Of the connection that writes; times are milliseconds."""
 
 SYNC = """
 SELECT CASE setting WHEN 'off' THEN 'on' ELSE setting END FROM current_setting('synchronous_commit') AS setting

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 from . import _core
 from ._core import Standing
 from ._errors import CheckpointError, RunClaimedError, StoreFailedError, show
-from ._postgres_connection import Connection, cannot_open, failed, pauses, text_of, verdict
+from ._postgres_connection import FIRST_LIMIT, Connection, cannot_open, failed, pauses, text_of, verdict
 from ._postgres_operations import AGAIN, Append, Claim, Clear, Operation, Release, Start
 from ._postgres_sql import SETTINGS
 
@@ -148,7 +148,7 @@ class Writer:
         """Do what waits until the store is closed, over one connection after the other."""
         try:
             try:
-                connection = await self._connect()
+                connection = await self._connect(FIRST_LIMIT)
             except Exception as error:  # noqa: BLE001 - who waits gets it
                 self._refuse_all(cannot_open(error, self._dsn))
                 self._task = None  # the next operation tries again
@@ -179,9 +179,11 @@ class Writer:
             connection.terminate()
         return None
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, limit: float) -> Connection:
         """A connection whose lease has begun."""
-        connection = await Connection.open(self._dsn, self._schema, limit=self._patience, settings=SETTINGS)
+        milliseconds = 1000 * self._patience
+        settings = SETTINGS.format(lock_timeout=int(milliseconds / 4), statement_timeout=int(milliseconds * 0.9))
+        connection = await Connection.open(self._dsn, self._schema, limit=limit, settings=settings)
         try:
             await self._renew(connection)
             await connection.fetch("FORGET_OWNERS", limit=self._patience)
@@ -207,7 +209,7 @@ class Writer:
             if self._is_closed and not self._waiting:
                 return None
             try:
-                return await self._connect()
+                return await self._connect(self._patience)
             except Exception as again:  # noqa: BLE001 - whatever it is, it may pass
                 error = again
             await asyncio.sleep(pause)
@@ -306,7 +308,13 @@ class Writer:
         again = [operation for operation in self._under_way if not operation.is_answered]
         is_stuck = len(again) == len(self._under_way)
         self._under_way = []
-        self._waiting.extendleft(reversed(again))
+        now = asyncio.get_running_loop().time()
+        for operation in reversed(again):
+            if now < operation.deadline:
+                self._waiting.appendleft(operation)
+            else:
+                text = f"run {show(operation.workflow_id)} was locked by somebody else for {self._lease:g} s"
+                operation.refuse(StoreFailedError(text, operation.workflow_id, operation.sequence(), reason="busy"))
         if again and is_stuck:
             await asyncio.sleep(_PAUSE)
 
@@ -327,7 +335,9 @@ class Writer:
                     raise
                 case "again":
                     return [], []
-                case "refused":
+                case "busy" if len(operations) == 1:
+                    return [], []
+                case "busy" | "refused":
                     return await self._do_each(connection, name, operations, error)
         pairs = list(zip(operations, answers, strict=True))
         left_out = [operation for operation, answer in pairs if answer is _LEFT_OUT]
@@ -337,7 +347,7 @@ class Writer:
     async def _do_each(
         self, connection: Connection, name: str, operations: list[Operation], error: Exception
     ) -> tuple[list[_Answer], list[_Answer]]:
-        """Find the operation that the database refuses; the others need not suffer for it."""
+        """Find the operation that the database refuses, or that somebody locks out; the others need not suffer for it."""
         done: list[_Answer] = []
         found: list[_Answer] = []
         if len(operations) == 1:
@@ -383,9 +393,6 @@ class Writer:
                 continue
             if answer is not AGAIN:
                 found.append((operation, answer))
-            elif asyncio.get_running_loop().time() >= operation.deadline:
-                text = f"run {show(operation.workflow_id)} was locked for {self._lease:g} s"
-                operation.refuse(StoreFailedError(text, operation.workflow_id, operation.sequence(), reason="busy"))
         return found
 
     def _answer(self, operation: Operation, answer: Any) -> None:
