@@ -18,7 +18,9 @@ use super::asyncio::Asyncio;
 use super::breaker::{Grant, PyBreaker};
 use super::definition::{Source, TaskSpec, asked_delay};
 use super::env::{Handed, RunContext, arguments};
-use super::errors::{AttemptTimeoutError, CancelledError, CheckpointError, RetryExhaustedError, WorkflowError, from_panic};
+use super::errors::{
+    AttemptTimeoutError, CancelledError, CheckpointError, RetryExhaustedError, WorkflowError, from_panic,
+};
 use super::failure::Failure;
 use super::log::{Log, Place};
 use super::route::tasks;

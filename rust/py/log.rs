@@ -424,11 +424,7 @@ impl Log {
     }
 
     /// Writes that a compensatable step is done, and where it leads.
-    pub(super) fn completed<'py>(
-        &self,
-        output: &Bound<'py, PyAny>,
-        next_state: String,
-    ) -> PyResult<Bound<'py, PyAny>> {
+    pub(super) fn completed<'py>(&self, output: &Bound<'py, PyAny>, next_state: String) -> PyResult<Bound<'py, PyAny>> {
         let py = output.py();
         let place = self.book.with(py, |book| book.place.clone());
         let definition = self.definition.bind(py);
