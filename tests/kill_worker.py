@@ -105,7 +105,7 @@ class Campaign:
         self.file = folder / "runs.db"
         self.folder = folder
         self.dice = random.Random(f"{mode} {seed}")
-        self.life = self.going_back = 0.0
+        self.life = self.since_sign = 0.0
         self.forks = 0
 
     def fork(self, work: Coroutine[Any, Any, None]) -> Child:
@@ -113,23 +113,23 @@ class Campaign:
         return Child(work, f"{self.mode} {self.seed} {self.forks}")
 
     def measure(self) -> None:
-        """How long a process lives that is not killed, and how long it goes back."""
+        """How long a process lives that is not killed, and how long from its sign on."""
         ledger = Ledger(self.folder / "measured")
         for name in RUNS[self.mode]:  # once here, so that all that is imported and made once is there in each child
             shape, store = SHAPES[name], InMemoryCheckpointStore()
             run = self.workflow(ledger, name, store).orchestrate("start", workflow_id=name, data=shape.data())
             asyncio.run(self.ends(ledger, name, run))
-        lives, goings_back = [], []
+        lives, after = [], []
         for number in range(5):
             runs = {f"measured-{number}.{place}": name for place, name in enumerate(RUNS[self.mode])}
             began = time.perf_counter()
             child = self.fork(self.work(ledger, runs))
             child.await_sign()
-            back = time.perf_counter()
+            sign = time.perf_counter()
             child.ended()
             lives.append(time.perf_counter() - began)
-            goings_back.append(time.perf_counter() - back)
-        self.life, self.going_back = sorted(lives)[1], sorted(goings_back)[1]
+            after.append(time.perf_counter() - sign)
+        self.life, self.since_sign = min(lives), min(after)
         ledger.close()
 
     def round(self, number: int) -> tuple[int, list[Any], dict[str, str]]:
@@ -138,12 +138,14 @@ class Campaign:
         kills = 0
         for _ in range(self.dice.randint(*KILLS[self.mode])):
             child = self.fork(self.work(ledger, runs))
-            if self.mode == "rollback":
+            if self.mode == "rollback" or self.dice.random() < 0.8:  # noqa: PLR2004 - a few die before the first step
                 child.await_sign()
-                time.sleep(self.dice.uniform(0, self.going_back))
+                time.sleep(self.dice.uniform(0, self.since_sign))
             else:
                 time.sleep(self.dice.uniform(0, self.life))
-            if child.ended(killed=True):
+            is_hit = child.ended(killed=True)
+            self.since_sign *= 1.02 if is_hit else 0.95  # so that most are hit, however busy the machine is
+            if is_hit:
                 kills += 1
                 ledger.write("", "killed", child.pid)
         assert not self.fork(self.work(ledger, runs, is_last=True)).ended()
@@ -163,6 +165,7 @@ class Campaign:
             recovered = await asyncio.gather(*(recover_all(workflow, store) for workflow in workflows.values()))
             for workflow_id, outcome in (pair for outcomes in recovered for pair in outcomes.items()):
                 ledger.write(workflow_id, "outcome", told(outcome))
+            begun.update(*recovered)
             new = [workflow_id for workflow_id in runs if workflow_id not in begun]
             async with asyncio.TaskGroup() as group:
                 for workflow_id in new:
@@ -175,8 +178,8 @@ class Campaign:
     def workflow(self, ledger: Ledger, name: str, store: object) -> Workflow[str]:
         def note(workflow_id: str, effect: str, key: str) -> None:
             ledger.write(workflow_id, effect, key)
-            if effect.startswith("-") and self.mode == "rollback" and _sign >= 0:
-                os.write(_sign, b"-")
+            if _sign >= 0 and (effect.startswith("-") or self.mode != "rollback"):
+                os.write(_sign, b"!")
 
         async def work() -> None:
             await asyncio.sleep(random.choice((0, 0, 0.0005)))

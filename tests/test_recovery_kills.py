@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.realtime,
     pytest.mark.model,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked, and SIGKILL is POSIX's"),
-    pytest.mark.timeout(7200 if "CANO_DEEP" in os.environ else 240),
+    pytest.mark.timeout(7200 if "CANO_DEEP" in os.environ else 600),
 ]
 
 TIMES = 20 if "CANO_DEEP" in os.environ else 1
@@ -66,9 +66,7 @@ def judge(rounds):
         for workflow_id, name in round_["runs"].items():
             shape = SHAPES[name]
             faults = broken(shape, effects(round_, workflow_id), round_["kills"])
-            outcomes = {words[0] for _, word, *words in entries(round_, workflow_id) if word == "outcome"}
-            if not outcomes <= {shape.outcome, *(["RunConflictError"] if shape.undone else [])}:
-                faults.append(f"ended as {outcomes}")
+            faults += misjudged(round_, workflow_id, shape)
             faults += strayed(round_, workflow_id)
             if faults:
                 wrong.append((round_["number"], workflow_id, name, faults, entries(round_, workflow_id)))
@@ -77,6 +75,21 @@ def judge(rounds):
         if left:
             wrong.append((round_["number"], "left behind", left))
     return wrong, where
+
+
+def misjudged(round_, workflow_id, shape):
+    """What a process was told about the end of a run, if it is not how that ends."""
+    found = {}
+    for pid, word, *about in entries(round_, workflow_id):
+        if word == "found":
+            found[pid] = about[0]
+        elif word == "outcome":
+            expected = shape.outcome
+            if shape.undone:  # the error itself is gone with the process in which it was raised
+                gone = {"RollbackStarted": "TaskExecutionError", "Compensated": "TaskExecutionError"}
+                expected = (gone | {"Finished": "RunConflictError"}).get(found.get(pid), expected)
+            if about[0] != expected:
+                yield f"ended as {about[0]} from {found.get(pid)}"
 
 
 def strayed(round_, workflow_id):
@@ -93,20 +106,18 @@ def strayed(round_, workflow_id):
                     yield f"went back from {kind} of {state}"
             elif kind in ("RollbackStarted", "Compensated", "Finished", "NeedsAttention"):
                 yield f"went forward from {kind} of {state}"
-            elif following is not None and word.startswith(state):
+            elif following not in (None, state) and word.startswith(state):
                 yield f"{word} is done again: {kind} of {state} leads to {following}"
 
 
 def places(round_, workflow_id):
     """Where the run was at each kill."""
-    killed = {words[0] for _, of, word, *words in round_["lines"] if (of, word) == ("", "killed")}
-    last = {}
-    for pid, word, *_ in entries(round_, workflow_id):
-        last[pid] = word
-    at = Counter()
-    for pid in killed:
-        word = last.get(pid, "not there")
-        at["over" if word == "outcome" else "rolling back" if word.startswith("-") else "claimed" if word == "found" else word if word == "not there" else "forward"] += 1
+    at, last, names = Counter(), "", {"": "not begun", "found": "found", "outcome": "over"}
+    for _, of, word, *_ in round_["lines"]:
+        if of == workflow_id:
+            last = word
+        elif word == "killed":
+            at[names.get(last, "going back" if last.startswith("-") else "going forward")] += 1
     return at
 
 
@@ -123,8 +134,8 @@ def test_killed_once():
     wrong, where = judge(rounds)
     assert show(rounds, where) >= 1000 * TIMES
     assert not wrong, wrong[:3]
-    assert where["forward"] > 1000
-    assert where["rolling back"] > 50
+    assert where["going forward"] > 1000
+    assert where["going back"] > 20
 
 
 def test_killed_again_and_again():
@@ -144,4 +155,4 @@ def test_killed_while_it_goes_back():
     wrong, where = judge(rounds)
     assert show(rounds, where) >= 300 * TIMES
     assert not wrong, wrong[:3]
-    assert where["rolling back"] > 300
+    assert where["going back"] > 300
