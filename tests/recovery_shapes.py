@@ -167,7 +167,11 @@ def _chain(world: World, new: Workflow[str]) -> Workflow[str]:
         return "c"
 
     new.register("start", world.task("a", "b")).register("b", plain)
-    return new.register("c", world.task("c", "d")).register("d", world.task("d", "e")).register("e", world.task("e", "done"))
+    return (
+        new.register("c", world.task("c", "d"))
+        .register("d", world.task("d", "e"))
+        .register("e", world.task("e", "done"))
+    )
 
 
 def _loop(world: World, new: Workflow[str]) -> Workflow[str]:
@@ -288,7 +292,11 @@ Entry = tuple[str, str]
 def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int, *, is_over: bool = True) -> list[str]:
     """The rules that the ledger of one run does not keep, after it was interrupted so often."""
     effects = [effect for effect, _ in ledger]
-    rank = {effect: number for number, group in enumerate([*shape.groups, *[[step] for step in shape.undone]]) for effect in group}
+    rank = {
+        effect: number
+        for number, group in enumerate([*shape.groups, *[[step] for step in shape.undone]])
+        for effect in group
+    }
     if unknown := [effect for effect in effects if effect not in rank]:
         return [f"not of this workflow: {unknown}"]
     ranks = [rank[effect] for effect in effects]
@@ -297,7 +305,9 @@ def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int, *, is_over
         wrong.append("done or undone again after it was acknowledged, or gone forward after a roll-back began")
     if often := [effect for effect, times in Counter(effects).items() if times > 1 + interruptions]:
         wrong.append(f"more often than it was interrupted: {often}")
-    if missing := [effect for effect in rank if effect not in effects and (is_over or rank[effect] < max(ranks, default=0))]:
+    if missing := [
+        effect for effect in rank if effect not in effects and (is_over or rank[effect] < max(ranks, default=0))
+    ]:
         wrong.append(f"forgotten: {missing}")
     if changing := [effect for effect in rank if len({key for of, key in ledger if of == effect}) > 1]:
         wrong.append(f"with several keys: {changing}")

@@ -28,6 +28,7 @@ from cano import (
     NeedsAttentionError,
     OutputNotSerializableError,
     OutputUnreadableError,
+    Pending,
     PollTask,
     Ready,
     Resource,
@@ -1523,3 +1524,83 @@ class Stepping(SteppedTask[str]):
     async def step(self, cursor: int | None):
         self.ledger.append(f"{self.state}.{cursor or 0}")
         return Done(self.leads_to) if cursor == 2 else More((cursor or 0) + 1)
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+async def test_many_workflows_on_one_file(tmp_path):
+    """Twelve workflows at once: each task runs once, and each log is cleared."""
+    # RS-026
+    async with SqliteCheckpointStore(tmp_path / "runs.db") as store:
+        all_steps = [Steps() for _ in range(12)]
+        runs = [
+            steps.workflow(store, f"w{number}").orchestrate(S.START, workflow_id=f"run-{number}")
+            for number, steps in enumerate(all_steps)
+        ]
+        assert await asyncio.gather(*runs) == [S.DONE] * 12
+        assert [steps.calls for steps in all_steps] == [["start", "work", "rest"]] * 12
+        assert await store.list_runs() == []
+
+
+async def test_pipeline_that_crashes_in_its_stream(store):
+    """Poll task and batch before it are not run again, and the stream goes on at its cursor."""
+    # RS-028
+    calls = {"poll": 0, "load": 0}
+
+    class Wait(PollTask[str]):
+        def poll(self):
+            calls["poll"] += 1
+            return Ready("crunch") if calls["poll"] == 3 else Pending(0)
+
+    class Crunch(BatchTask[str]):
+        def load(self):
+            calls["load"] += 1
+            return range(3)
+
+        def process_item(self, item):
+            return item
+
+        def finish(self, outcomes):
+            return "read"
+
+    numbers = Numbers(fails_at=4)
+    workflow = (
+        Workflow[str]()
+        .register("wait", Wait())
+        .register("crunch", Crunch())
+        .register_stream("read", numbers)
+        .add_exit_states(["last", "stopped"])
+        .with_checkpoint_store(store)
+    )
+    await failed(workflow, "wait")
+    assert await workflow.resume_from("1") == "last"
+
+    assert calls == {"poll": 3, "load": 1}
+    assert numbers.opened == [None, 2]
+
+
+async def test_saga_whose_second_step_fails(store):
+    """The first is undone, the balance is nothing, and the log is empty."""
+    # RS-032, SG-012
+    balance = []
+
+    class Charge(CompensatableTask[S, int]):
+        def run(self) -> tuple[S, int]:
+            balance.append(42)
+            return S.WORK, 42
+
+        def compensate(self, output: int) -> None:
+            balance.append(-output)
+
+    workflow = (
+        Workflow[S]()
+        .register_with_compensation(S.START, Charge())
+        .register(S.WORK, Steps({"work": 1}).task("work", S.DONE))
+        .add_exit_state(S.DONE)
+        .with_checkpoint_store(store)
+    )
+    await failed(workflow)
+
+    assert balance == [42, -42]
+    assert await rows_of(store) == []
