@@ -511,6 +511,7 @@ async def test_owner_that_comes_back_too_late(path):
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_race_of_processes(path, processes):
     """Of several processes that start one id at once, each time one wins, and its row is the one that is there."""
+    # RS-030, RS-031
     program = """
         say("ready")
         sys.stdin.readline()
