@@ -41,6 +41,7 @@ SECTIONS = {
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
     "checkpoints": "a durable row in an SQLite file, wall time",
+    "durable": "one step of a durable run on SQLite, ten steps in a run, wall time",
     "postgres": "durable rows in PostgreSQL, on this machine, wall time",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
@@ -93,6 +94,7 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("1,000 branches that await a future, as tasks", "asyncio.gather"): Target("faster", 1.15),
     ("branch that waits, memory allocated", "asyncio.gather"): Target("time", 1),
     ("added to a call, by hand", OURS): Target("own", 150e-9),
+    ("breaker + retry in a task's config, added to a transition", OURS): Target("own", 60e-9),
     ("added to a call, beside pybreaker", "pybreaker"): Target("faster", 8),
     ("added to a call, beside aiobreaker", "aiobreaker"): Target("faster", 8),
     ("added to a call, beside purgatory", "purgatory"): Target("faster", 8),
@@ -103,6 +105,8 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("durable row, 1,000 runs in flight", "a commit each"): Target("faster", 8),
     ("durable row, nobody else waiting", OURS): Target("own", 200e-6),
     ("durable row, nobody else waiting", "a commit each"): Target("time", 2.5),
+    ("durable step, many runs at once, beside DBOS", "DBOS"): Target("faster", 100),
+    ("durable step, many runs at once, beside LangGraph", "LangGraph"): Target("faster", 20),
     ("log of 10,000 rows, read", OURS): Target("own", 50e-3),
     ("import cano, asyncio being imported", OURS): Target("own", 30e-3),
 }

@@ -1,5 +1,6 @@
 """A call that returns at once, guarded by a circuit breaker that lets it through."""
 
+from functools import partial
 from time import thread_time
 
 import pytest
@@ -82,6 +83,32 @@ def test_async_with(versus):
         "pure Python": (async_with_guard(PurePythonBreaker()), coroutines(CALLS)),
     }
     versus.added("added to a call, by async with", pairs, returns="done", per=CALLS)
+
+
+def looped(config):
+    """A workflow of two states that lead to each other, until there were so many transitions."""
+    left = CALLS // 2
+
+    async def ping():
+        return "pong"
+
+    async def pong():
+        nonlocal left
+        left -= 1
+        if left:
+            return "ping"
+        left = CALLS // 2
+        return "done"
+
+    workflow = cano.Workflow().add_exit_state("done")
+    workflow.register("ping", ping, config=config).register("pong", pong, config=config)
+    return partial(workflow.orchestrate, "ping")
+
+
+def test_in_a_configuration(versus):
+    config = cano.TaskConfig(retry=cano.RetryMode.exponential(), circuit_breaker=cano.CircuitBreaker())
+    pairs = {"cano": (looped(config), looped(None))}
+    versus.added("breaker + retry in a task's config, added to a transition", pairs, returns="done", per=CALLS)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from hashlib import blake2b
@@ -70,7 +70,7 @@ class Definition(NamedTuple):
         cursor = None
         if resumed is not None and resumed.position == "again":
             cursor = self.decode_cursor(resumed.state, resumed.blob)
-        run_id = secrets.token_bytes(16) if resumed is None else resumed.run_id
+        run_id = os.urandom(16) if resumed is None else resumed.run_id
         return _core.Log(
             ownership.store,
             ownership.workflow_id,
