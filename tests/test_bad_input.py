@@ -1171,7 +1171,10 @@ WALK = {
     ),
     "Workflow.discard.workflow_id": ("workflow_id", lambda value: testing.run(durable().discard(value))),
     "Workflow.orchestrate.data": ("data", lambda value: orchestrated(data=value)),
-    "Workflow.resume_from.workflow_id": ("workflow_id|not there", lambda value: testing.run(durable().resume_from(value))),
+    "Workflow.resume_from.workflow_id": (
+        "workflow_id|not there",
+        lambda value: testing.run(durable().resume_from(value)),
+    ),
     "Workflow.resume_from.resources": (
         "resources|not there",
         lambda value: testing.run(durable().resume_from("1", resources=value)),

@@ -31,10 +31,8 @@ from cano import (
     JoinConfig,
     JoinError,
     JoinStrategy,
-    NonRetryable,
     Orphan,
     OrphanedStepError,
-    OutputUnreadableError,
     Res,
     Resource,
     Resources,
@@ -49,10 +47,8 @@ from cano import (
     WorkflowCancelledError,
     WorkflowError,
     WorkflowTimeoutError,
-    _core,
     testing,
 )
-from cano._saga import roll_back
 
 TICK = 0.02  # seconds, also where they are real
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
@@ -91,12 +87,20 @@ class Step(CompensatableTask):
         self.log.append(f"undo {output}")
 
 
-def chain(log, names, last, **steps):
+class PlainStep(Step):
+    """A step without a suspension."""
+
+    def run(self):
+        self.log.append(self.name)
+        return self.then, f"{self.name} {self.log.count(self.name)}"
+
+
+def chain(log, names, last, *, kind=Step, **steps):
     """One compensatable step for each name, one after the other, then a plain task."""
     workflow = Workflow()
     states = [*names, "last"]
     for name, then in zip(names, states[1:], strict=True):
-        workflow.register_with_compensation(name, Step(log, name, then, **steps.get(name, {})))
+        workflow.register_with_compensation(name, kind(log, name, **({"then": then} | steps.get(name, {}))))
     return workflow.register("last", last).add_exit_state("done")
 
 
@@ -173,7 +177,7 @@ async def test_completed_run_undoes_nothing():
 
 async def test_run_with_nothing_done_just_fails():
     """Where nothing was done there is nothing to wait for: the error leaves at once."""
-    # SG-011, SG-016, SG-024
+    # SG-011, SG-016, SG-024, PAN-006
     log = []
 
     error = await failure(chain(log, "ab", boom, a={"fails": PanicException("index")}))
@@ -297,6 +301,7 @@ async def test_forward_attempt_timeout():
 @pytest.mark.virtual
 async def test_run_timeout_starts_it():
     """A run that is out of time is rolled back, in a time of its own."""
+    # TT-004
     log = []
     workflow = chain(log, "ab", forever, b={"undoing_takes": 4}).with_timeout(10)
     began = asyncio.get_running_loop().time()
@@ -368,7 +373,7 @@ async def test_base_exception_with_a_failed_roll_back():
 
 async def test_failing_compensation_does_not_stop_the_others():
     """Every compensation is tried; the error has the original failure first, then theirs in the order of the roll-back."""
-    # SG-004, SG-005
+    # SG-004, SG-005, FSM-015, ER-004
     log = []
     original, first, second = Boom("original"), ValueError("c"), KeyError("a")
     workflow = chain(log, "abcd", boom, a={"undoing_fails": second}, c={"undoing_fails": first}, d={"fails": original})
@@ -419,7 +424,7 @@ async def test_error_of_a_failed_roll_back_pickles():
 )
 async def test_whatever_a_compensation_raises_is_collected(raised, kind, text):
     """A panic, an exit or a cancellation out of a compensation is one collected error; the rest still runs."""
-    # SG-006
+    # SG-006, PAN-008
     log = []
 
     error = await failure(chain(log, "abc", boom, b={"undoing_fails": raised}))
@@ -556,7 +561,7 @@ async def test_no_time_at_all():
 )
 async def test_default_limit(timeout, given, limit):
     """The limit is half of the run's timeout and at most 30 s, unless the workflow gives one."""
-    # D06, D08
+    # D06, D08, TT-009, TT-010, TT-011
     workflow = chain([], "a", boom, a={"undoing_takes": 1000}).with_compensation_timeout(given)
     began = asyncio.get_running_loop().time()
 
@@ -965,18 +970,10 @@ async def test_registered_before_it_is_undone_once():
 
 
 @pytest.mark.virtual
-async def test_registered_before_and_timed_out_or_cancelled():
+async def test_registered_before_and_timed_out():
     """A step that was interrupted may have done something: it is undone with None."""
     log = []
     await failure(registered(log, takes=60, config=(TaskConfig().with_attempt_timeout(1), 0)))
-    assert log == ["a", "charge", "undo None", "undo a 1"]
-
-    log.clear()
-    run = registered(log, takes=60).start("a")
-    await asyncio.sleep(1)
-    run.cancel()
-    with pytest.raises(WorkflowCancelledError):
-        await run
     assert log == ["a", "charge", "undo None", "undo a 1"]
 
 
@@ -1023,7 +1020,7 @@ class Slow(CompensatableTask):
 
 async def test_cancel_rolls_back_and_goes_on():
     """A cancelled run is rolled back, then the cancel goes on with its message and its count."""
-    # B35
+    # B35, CN-008
     log = []
     task = asyncio.create_task(chain(log, "ab", forever, b={"undoing_takes": 3 * TICK}).orchestrate("a"))
     await asyncio.sleep(TICK)
@@ -1039,6 +1036,7 @@ async def test_cancel_rolls_back_and_goes_on():
 
 async def test_second_cancel_does_not_stop_a_roll_back():
     """More cancels while steps are undone interrupt nothing; the newest one goes on, with the first as its context."""
+    # CN-015
     log = []
     task = asyncio.create_task(
         chain(log, "abc", forever, a={"undoing_takes": 3 * TICK}, c={"undoing_takes": 3 * TICK}).orchestrate("a")
@@ -1072,6 +1070,7 @@ async def test_cancel_during_the_roll_back_of_a_failure():
 
 async def test_failed_roll_back_of_a_cancelled_run(caplog):
     """A cancel is always a cancel: the error of the roll-back is its cause, and is logged, since a cancel is seldom read."""
+    # CN-009
     failing = ValueError("no")
     task = asyncio.create_task(
         chain([], "ab", forever, b={"undoing_fails": failing}).orchestrate("a", workflow_id="o-1")
@@ -1130,28 +1129,103 @@ async def test_asyncio_timeout_around_a_run():
     assert asyncio.current_task().cancelling() == 0
 
 
-async def test_forward_run_in_flight_is_awaited():
-    """A step that is being done when the cancel comes ends first; if it ends well in spite of it, it is undone, too."""
+async def test_cancel_does_not_interrupt_a_forward_step():
+    """A step that is being done when a cancel comes is done to its end, then undone; the next one does not begin."""
+    # CN-010
     log = []
+    task = asyncio.create_task(chain(log, "abc", boom, b={"takes": 3 * TICK}).orchestrate("a"))
+    for message in ("first", "second"):
+        await asyncio.sleep(TICK)
+        task.cancel(message)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
 
-    class Finishes(Step):
-        async def run(self):
-            try:
-                await asyncio.sleep(60)
-            except asyncio.CancelledError:
-                await asyncio.sleep(TICK)
-                log.append("cleaned up")
-                raise
+    assert caught.value.args == ("second",)
+    assert task.cancelling() == 2
+    assert log == ["a", "b", "undo b 1", "undo a 1"]
 
+
+async def test_cancel_during_a_forward_step_that_fails():
+    """If the step fails after the cancel it is neither retried nor led on from: the cancel goes on, with its failure."""
+    log, error = [], Boom()
+    step = Step(log, "b", "done", takes=2 * TICK, fails=error, config=TaskConfig().with_fixed_retry(3, 0))
     workflow = Workflow().register_with_compensation("a", Step(log, "a", "b"))
-    workflow.register_with_compensation("b", Finishes(log, "b", "done")).add_exit_state("done")
+    workflow.register_with_compensation("b", step, on_error={Exception: "done"}).add_exit_state("done")
     task = asyncio.create_task(workflow.orchestrate("a"))
     await asyncio.sleep(TICK)
+    task.cancel("enough")
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert (caught.value.args, caught.value.__context__) == (("enough",), error)
+    assert log == ["a", "undo a 1"]
+
+
+async def test_cancel_during_a_forward_step_that_is_refused():
+    """If what the step returned is refused the cancel goes on all the same, and the step is undone."""
+    log = []
+    task = asyncio.create_task(chain(log, "a", boom, a={"takes": 2 * TICK, "then": "nowhere"}).orchestrate("a"))
+    await asyncio.sleep(TICK)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+
+    assert type(caught.value.__context__) is UnknownStateError
+    assert log == ["a", "undo a 1"]
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("names", ["a", "ab"])
+async def test_run_timeout_does_not_interrupt_a_forward_step(names):
+    """A step that is being done when the run's time is over is done to its end; then the run is out of time."""
+    # TT-004, TT-005, B30
+    log = []
+    workflow = chain(log, names, lambda: "done", **{names[-1]: {"takes": 8}}).with_timeout(5)
+
+    error = await failure(workflow)
+
+    assert type(error) is WorkflowTimeoutError
+    assert error.elapsed == 8
+    assert asyncio.current_task().cancelling() == 0
+    assert log == [*names, *(f"undo {name} 1" for name in reversed(names))]
+
+
+async def test_cancel_and_timeout_during_a_forward_step():
+    """Of a cancel and the run's own timeout the cancel leaves."""
+    log = []
+    workflow = chain(log, "a", lambda: "done", a={"takes": 3 * TICK}).with_timeout(TICK)
+    task = asyncio.create_task(workflow.orchestrate("a"))
+    await asyncio.sleep(2 * TICK)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert log == ["a", "cleaned up", "undo a 1"]
+    assert task.cancelling() == 1
+    assert log == ["a", "undo a 1"]
+
+
+async def test_closed_run_cancels_its_forward_step():
+    """Closing a run closes what it is doing, also a step that no cancel reaches."""
+    log = []
+
+    class Tells(Step):
+        async def run(self):
+            try:
+                await forever()
+            finally:
+                log.append("closed")
+
+    workflow = Workflow().register_with_compensation("a", Tells(log, "a", "done")).add_exit_state("done")
+    for waits in (False, True):
+        coroutine = workflow.orchestrate("a")
+        coroutine.send(None)
+        if waits:
+            await asyncio.sleep(0)
+        coroutine.close()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    assert log == ["closed"]
 
 
 async def test_roll_back_whose_own_task_is_cancelled_goes_on():
@@ -1165,6 +1239,64 @@ async def test_roll_back_whose_own_task_is_cancelled_goes_on():
         await task
 
     assert log == ["a", "b", "c", "undo c 1", "undo b 1", "undo a 1"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_compensation_that_cancels_itself(waits):
+    """A compensation that cancels its own task is tried once more, and then reported; the others run."""
+    log = []
+
+    class Cancels(Step):
+        async def compensate(self, _output):
+            log.append("cancels")
+            asyncio.current_task().cancel()
+            if waits:
+                await asyncio.sleep(60)
+            else:
+                raise asyncio.CancelledError
+
+    workflow = Workflow().register_with_compensation("a", Step(log, "a", "b"))
+    workflow.register_with_compensation("b", Cancels(log, "b", "c")).register("c", boom).add_exit_state("done")
+
+    error = await failure(workflow)
+
+    assert log == ["a", "b", "cancels", "cancels", "undo a 1"]
+    assert str(error.exceptions[1]) == "the compensation of task b in state b was cancelled twice"
+
+
+async def test_run_closed_during_its_roll_back():
+    """Closing a run that is being rolled back cannot wait for it: the roll-back goes on by itself."""
+    log = []
+    coroutine = chain(log, "ab", boom, kind=PlainStep, b={"undoing_takes": TICK}).orchestrate("a")
+    coroutine.send(None)
+    coroutine.close()
+    await asyncio.sleep(3 * TICK)
+
+    assert log == ["a", "b", "undo b 1", "undo a 1"]
+
+
+@pytest.mark.parametrize("strategy", [JoinStrategy.All, JoinStrategy.Any])
+async def test_saga_of_a_run_inside_a_branch(strategy):
+    """A branch may run a workflow of its own that has compensatable tasks: that run is rolled back inside the branch."""
+    log, after = [], []
+    failing, waiting = chain(log, "ab", boom), chain(log, "xy", forever, y={"undoing_takes": TICK})
+
+    async def quick():
+        await asyncio.sleep(TICK)
+
+    branches = [lambda: failing.orchestrate("a"), lambda: waiting.orchestrate("x"), quick]
+    join = JoinConfig(strategy, "after", fail_fast=strategy == JoinStrategy.All)
+    workflow = (
+        Workflow().register_split("split", branches, join).register("after", lambda: after.append(len(log)) or "done")
+    )
+    workflow.add_exit_state("done")
+
+    if strategy == JoinStrategy.All:
+        assert isinstance(await failure(workflow, "split"), JoinError)
+    else:
+        assert await workflow.orchestrate("split") == "done"
+        assert after == [8]
+    assert Counter(log) == Counter(["a", "b", "x", "y", *(f"undo {name} 1" for name in "abxy")])
 
 
 def test_roll_back_at_the_end_of_asyncio_run():
@@ -1184,7 +1316,7 @@ def test_roll_back_at_the_end_of_asyncio_run():
 async def test_closed_run_tells_what_stays_done(caplog):
     """A run whose coroutine is closed cannot wait for anything: what it had done stays done, and is logged."""
     log = []
-    coroutine = chain(log, "ab", forever).orchestrate("a")
+    coroutine = chain(log, "ab", forever, kind=PlainStep).orchestrate("a")
     coroutine.send(None)
     with caplog.at_level(logging.ERROR, "cano"):
         coroutine.close()
@@ -1341,193 +1473,7 @@ def test_ledger_of_a_cancelled_run_nets_to_zero(parts, failing, again):
         testing.run(cancelled_after(ticks))
 
 
-# --- the roll-back by itself -----------------------------------------------------------------------------------------
-
-
-class Receipt:
-    """A type that no JSON becomes."""
-
-
-def native(workflow, **options):
-    return _core.Run(workflow._frozen(), "a", Resources(), options.get("workflow_id"), None)
-
-
-class Journal:
-    """Writes down what a roll-back tells; `fails` says at which calls."""
-
-    def __init__(self, log, **fails):
-        self.log = log
-        self.fails = fails
-
-    async def _tell(self, name, what):
-        await asyncio.sleep(0)
-        self.log.append((name, what))
-        if name in self.fails:
-            raise self.fails[name]
-
-    async def started(self, error, /):
-        await self._tell("started", error)
-
-    async def compensated(self, step, /):
-        await self._tell("compensated", step.sequence)
-
-    async def finished(self):
-        await self._tell("finished", None)
-
-    async def needs_attention(self, error, /):
-        await self._tell("needs_attention", error)
-
-
-class Typed(Step):
-    async def run(self) -> tuple[str, dict[str, int]]:
-        raise AssertionError("a roll-back runs nothing forward")
-
-    async def compensate(self, output: dict[str, int]):
-        self.log.append(output)
-        if self.undoing_fails is not None:
-            raise self.undoing_fails
-
-
-def stored(log, *, fails=None):
-    """A run of a workflow, and two steps of it as they come from a store, rows 2 and 5."""
-    workflow = Workflow().register_with_compensation("a", Typed(log, "a", "b", undoing_fails=fails))
-    workflow.register_with_compensation("b", Typed(log, "b", "done")).add_exit_state("done")
-    run = native(workflow)
-    return run, [run.completion("a", "a", 1, 2, b'{"n":1}'), run.completion("b", "b", 3, 5, b'{"n":2}')]
-
-
-async def test_stored_outputs_are_read_by_their_annotation():
-    """Steps that come from a store are undone with their outputs as the annotation of ``run`` types them."""
-    log, error = [], Boom()
-    run, steps = stored(log)
-    told = []
-
-    assert await roll_back(run, steps, error, 5, journal=Journal(told)) is error
-    assert log == [{"n": 2}, {"n": 1}]
-    assert told == [("started", error), ("compensated", 5), ("compensated", 2), ("finished", None)]
-
-
-@pytest.mark.parametrize(
-    ("run", "compensate", "type_"),
-    [
-        (tuple[str, Receipt], int, Receipt),
-        (Awaitable[tuple[Literal["done"], Receipt]], int, Receipt),
-        (str, Receipt, Receipt),
-        (None, None, Any),
-    ],
-)
-def test_type_of_an_output(run, compensate, type_):
-    """An output is read as ``run`` annotates it, or else as ``compensate`` does, or else as plain JSON."""
-
-    class Tells(Step):
-        async def run(self):
-            raise AssertionError
-
-        async def compensate(self, output):
-            raise AssertionError
-
-    if run is not None:
-        Tells.run.__annotations__["return"] = run
-    if compensate is not None:
-        Tells.compensate.__annotations__["output"] = compensate
-    workflow = Workflow().register_with_compensation("a", Tells([], "a", "done")).add_exit_state("done")
-
-    assert native(workflow).completion("a", "a", 1, 0, b"1").output_type is type_
-
-
-async def test_corrupt_output_is_collected():
-    """If an output cannot be read the compensation is not called; that is one collected error, with the bytes."""
-    # SG-023
-    log, told = [], []
-    run, steps = stored(log)
-    steps.append(run.completion("b", "b", 4, 7, b'{"n":"x"}'))
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told))
-
-    assert [type(member) for member in error.exceptions] == [Boom, OutputUnreadableError]
-    assert "the output of task b in state b cannot be read: " in str(error.exceptions[1])
-    assert [(orphan.visit, orphan.output) for orphan in error.orphans] == [(4, b'{"n":"x"}')]
-    assert log == [{"n": 2}, {"n": 1}]
-    assert [name for name, _ in told] == ["started", "compensated", "compensated", "needs_attention"]
-    assert told[-1][1] is error
-
-
-async def test_step_that_nobody_can_undo_any_more():
-    """A step of a state that is gone, or is not compensatable any more, is an orphan with its task and bytes."""
-    # SG-010
-    run, _ = stored([])
-    steps = [run.completion("gone", "charge", 1, 3, b"{}")]
-
-    error = await roll_back(run, steps, Boom(), 5)
-
-    (orphan,) = error.orphans
-    assert (orphan.state, orphan.task, orphan.visit, orphan.output) == ("gone", "charge", 1, b"{}")
-    assert type(orphan.error) is OrphanedStepError
-    assert "task charge in state gone has no compensation in this version of the workflow" in str(orphan.error)
-
-
-async def test_intent_from_a_store_has_no_output():
-    """A step of which a log knows only that it began is undone with None."""
-    log = []
-    run, _ = stored(log)
-
-    await roll_back(run, [run.completion("a", "a", 1, 3, None)], Boom(), 5)
-
-    assert log == [None]
-
-
-async def test_roll_back_that_cannot_be_recorded_does_not_begin():
-    """If the start of a roll-back cannot be written, nothing is undone: every step is reported, and so is that error."""
-    # B02
-    log, told, disk_full = [], [], OSError("disk full")
-    run, steps = stored(log)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, started=disk_full))
-
-    assert log == []
-    assert [type(member) for member in error.exceptions] == [Boom, OrphanedStepError, OrphanedStepError, OSError]
-    assert [orphan.task for orphan in error.orphans] == ["b", "a"]
-    assert [name for name, _ in told] == ["started"]
-
-
-async def test_step_that_cannot_be_recorded():
-    """If it cannot be written that a step is undone, the others are undone all the same, and nothing more is written."""
-    log, told, disk_full = [], [], OSError("disk full")
-    run, steps = stored(log)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, compensated=disk_full))
-
-    assert log == [{"n": 2}, {"n": 1}]
-    assert error.exceptions[1:] == (disk_full, disk_full)
-    assert error.orphans == ()
-    assert [name for name, _ in told] == ["started", "compensated", "compensated"]
-
-
-@pytest.mark.parametrize("call", ["finished", "needs_attention"])
-async def test_end_that_cannot_be_recorded(call):
-    """An error at the last row is one more member."""
-    told, disk_full = [], OSError("disk full")
-    run, steps = stored([], fails=NonRetryable("no") if call == "needs_attention" else None)
-
-    error = await roll_back(run, steps, Boom(), 5, journal=Journal(told, **{call: disk_full}))
-
-    assert error.exceptions[-1] is disk_full
-    assert len(error.orphans) == (call == "needs_attention")
-    assert told[-1][0] == call
-
-
-async def test_journal_is_told_once_though_everything_is_cancelled():
-    """A cancel of the run reaches neither the steps nor who writes them down."""
-    log, told = [], []
-    run, steps = stored(log)
-    task = asyncio.create_task(roll_back(run, steps, Boom(), 5, journal=Journal(told)))
-    for _ in range(12):
-        await asyncio.sleep(0)
-        task.cancel()
-    leaving = await task
-
-    assert isinstance(leaving, asyncio.CancelledError)
-    assert [name for name, _ in told] == ["started", "compensated", "compensated", "finished"]
+# --- the definition ---------------------------------------------------------------------------------------------------
 
 
 class Order(enum.Enum):
@@ -1538,6 +1484,7 @@ class Order(enum.Enum):
 
 def test_definition_of_a_saga():
     """Enum states, annotations and `copy` work as for any task; the options freeze with the workflow."""
+    # WF-027
 
     class Reserve(CompensatableTask[Order, int]):
         name = "reserve"

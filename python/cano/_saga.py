@@ -10,8 +10,10 @@ is collected and the others still run. What ends it early is its own time limit,
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from . import _core
@@ -44,6 +46,9 @@ class CompensatableTask(Task[S], Generic[S, T]):
     both async or plain, and both may take parameters that are filled in as those of any task (``compensate`` gets neither a
     SplitResult nor a Caught error). If the run fails later, times out or is cancelled, the outputs of the steps that it has
     done are handed to ``compensate``, newest first.
+
+    No cancel of the run interrupts ``run``, nor does the run's timeout: they wait until it is done, and then it is undone.
+    What cuts it short is its own ``attempt_timeout``.
 
     ``compensate`` runs at least once, so it should not mind to run again. Its ``RunContext`` is that of the step: the same
     state, visit and ``idempotency_key``. It is bounded by the task's ``attempt_timeout``, and neither repeated nor held up by
@@ -100,11 +105,53 @@ _REASON_LIMIT = 4096
 
 def _reason(error: BaseException) -> bytes:
     """Why a run failed, for its log: type and text."""
-    return _cut(f"{type(error).__qualname__}: {error}")
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's, and must not hold the roll-back up
+        text = "its text cannot be had"
+    return _cut(f"{type(error).__qualname__}: {text}")
 
 
 def _cut(text: str) -> bytes:
     return text.encode(errors="replace")[:_REASON_LIMIT]
+
+
+async def uninterrupted(work: Awaitable[Any], limit: float | None) -> Any:
+    """What a compensatable step comes to, in a task of its own: nobody could say what one that was cut short has done.
+
+    Args:
+        work: What the task's ``run`` returned.
+        limit: The task's ``attempt_timeout``, the only thing that ends it.
+
+    Cancellation: it is waited for all the same; the drive keeps the cancel, which goes on then.
+    """
+    task = asyncio.get_running_loop().create_task(_attempt(work, limit), name="compensatable step")
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    try:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+        return task.result()
+    except BaseException:
+        task.cancel()  # for a run that was closed
+        if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+            work.close()
+        raise
+    finally:
+        del task  # an exception's traceback holds this frame, which must not hold the exception
+
+
+async def _attempt(work: Awaitable[Any], limit: float | None) -> Any:
+    scope = asyncio.timeout(limit)
+    try:
+        async with scope:
+            return await work
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        text = f"the attempt took longer than its attempt_timeout of {limit} s"
+        raise AttemptTimeoutError(text, limit or 0.0) from error.__cause__
 
 
 async def roll_back(
@@ -150,7 +197,7 @@ def abandon(steps: Sequence[_core.Completion]) -> None:
 
 
 # asyncio itself keeps only weak references to tasks.
-_tasks: set[asyncio.Task[None]] = set()
+_tasks: set[asyncio.Task[Any]] = set()
 
 
 class _RollBack:
@@ -174,6 +221,7 @@ class _RollBack:
         self._orphans: list[Orphan] = []
         self._task: asyncio.Task[None] | None = None
         self.failed: CompensationFailedError | None = None
+        self._interrupted: _core.Completion | None = None
         self._is_late = False
         self.is_over = False
 
@@ -237,7 +285,14 @@ class _RollBack:
         loop = asyncio.get_running_loop()
         while self._left and loop.time() < deadline:
             step = self._left[-1]
-            output, failure = await _undo(step, self._codec, deadline, self._limit)
+            try:
+                output, failure = await _undo(step, self._codec, deadline, self._limit)
+            except asyncio.CancelledError:
+                # Somebody cancels tasks that are not his: it is done again, in another one; but not for ever.
+                if self._interrupted is not step:
+                    self._interrupted = step
+                    raise
+                output, failure = step.output, _not_undone(step, "was cancelled twice")
             self._left.pop()
             if failure is None:
                 await self._tell(step)
@@ -277,7 +332,7 @@ class _RollBack:
     def _leave(self, failure: Exception, why: str = "was not begun: the roll-back could not be recorded") -> None:
         while self._left:
             step = self._left.pop()
-            self._orphan(step, step.output, OrphanedStepError(f"the compensation of {_place(step)} {why}"))
+            self._orphan(step, step.output, _not_undone(step, why))
         self._failures.append(failure)
 
 
@@ -296,15 +351,18 @@ async def _undo(step: _core.Completion, codec: Codec, deadline: float, limit: fl
             await outcome(step.undo(output))
     except BaseException as error:
         if _is_cancelled(error):
-            raise  # by somebody who cancels tasks that are not his: it is done again, in another one
+            raise
         if not (isinstance(error, TimeoutError) and scope.expired()):
             return output, _as_exception(f"the compensation of {_place(step)}", error)
         if due < deadline:
             text = f"the compensation took longer than its attempt_timeout of {step.limit} s"
             return output, AttemptTimeoutError(text, step.limit or 0.0)
-        text = f"was stopped: the compensation timeout of {limit} s was used up"
-        return output, OrphanedStepError(f"the compensation of {_place(step)} {text}")
+        return output, _not_undone(step, f"was stopped: the compensation timeout of {limit} s was used up")
     return output, None
+
+
+def _not_undone(step: _core.Completion, why: str) -> OrphanedStepError:
+    return OrphanedStepError(f"the compensation of {_place(step)} {why}")
 
 
 def _is_cancelled(error: BaseException) -> bool:

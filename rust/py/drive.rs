@@ -125,7 +125,7 @@ pub(super) struct Drive {
     /// Whether the task's rate limiter has granted the next attempt.
     is_admitted: bool,
     /// A cancel that came while a row was on its way.
-    withheld: Option<PyErr>,
+    pub(super) withheld: Option<PyErr>,
     /// What the task's circuit breaker has granted to the attempt under way.
     grant: Option<Grant>,
 }
@@ -423,11 +423,11 @@ impl Drive {
         self.fresh = true;
         if work == Work::Forward {
             self.intend(run, spec)?;
-        }
-        if let Some(limit) = task.attempt_timeout() {
+        } else if let Some(limit) = task.attempt_timeout() {
             self.timer.attempt_deadline = Some(env.now(py)? + limit);
         }
         match self.invoke(run, task) {
+            Ok(made) if work == Work::Forward => self.forward(run, task, made),
             Ok(made) if is_coroutine(&made) => self.work(run, work, made, Input::nothing(py)),
             Ok(value) => self.returned_at_once(run, work, value),
             Err(error) => self.raised(run, work, error),
@@ -529,16 +529,23 @@ impl Drive {
         inner: Bound<'py, PyAny>,
         input: Input<'py>,
     ) -> PyResult<Flow<'py>> {
+        if work == Work::Forward {
+            self.withhold(run.py(), &input);
+        }
         match step(&inner, input) {
             Step::Yielded(value) => self.suspend(run, work, inner, value),
             Step::Returned(value) => {
                 drop(inner);
-                self.timer.settle(run.py(), None)?;
+                // What a cancel that was withheld stands for is asked when the step has been taken down.
+                if self.withheld.is_none() {
+                    self.timer.settle(run.py(), None)?;
+                }
                 self.returned(run, work, value)
             }
             Step::Raised(error) if work == Work::RollBack => Ok(Flow::Fail(error)),
             Step::Raised(error) => {
                 drop(inner);
+                let error = self.or_cancel(run.py(), error);
                 self.raised(run, work, error)
             }
         }
@@ -555,7 +562,12 @@ impl Drive {
         Ok(Flow::Suspend(value, Phase::Work(work, inner.unbind())))
     }
 
-    fn returned<'py>(&mut self, run: &Bound<'py, Run>, work: Work, value: Bound<'py, PyAny>) -> PyResult<Flow<'py>> {
+    pub(super) fn returned<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        work: Work,
+        value: Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
         self.timer.attempt_deadline = None;
         self.settle(run, Outcome::Success);
         match work {

@@ -16,7 +16,7 @@ use crate::core::resume::{Position, Resumption};
 use super::definition::{Compensation, TaskSpec};
 use super::drive::{After, Drive, Flow, Phase, Work};
 use super::env::{Env, Handed, RunContext, arguments};
-use super::errors::{InvalidTransitionError, TaskExecutionError, WorkflowError};
+use super::errors::{CancelledError, InvalidTransitionError, TaskExecutionError, WorkflowError};
 use super::failure::Failure;
 use super::run::{Input, Run};
 use super::table::Kind;
@@ -30,18 +30,18 @@ pub(super) struct Completion {
     env: Py<Env>,
     /// The state; one that the workflow no longer has goes by its label.
     state: Py<PyAny>,
-    index: Option<usize>,
+    pub(super) index: Option<usize>,
     #[pyo3(get)]
-    task: Py<PyString>,
+    pub(super) task: Py<PyString>,
     #[pyo3(get)]
-    visit: u32,
+    pub(super) visit: u32,
     /// What the step returned, or its bytes.
-    output: Py<PyAny>,
+    pub(super) output: Py<PyAny>,
     #[pyo3(get)]
     is_stored: bool,
     /// The number of its row in the log.
     #[pyo3(get)]
-    sequence: Option<u64>,
+    pub(super) sequence: Option<u64>,
     /// Its task, if that can still undo it.
     spec: Option<Py<TaskSpec>>,
 }
@@ -173,6 +173,37 @@ impl Drive {
         Ok(())
     }
 
+    /// A compensatable step began: it goes on in a task of its own, which no cancel of the run reaches.
+    pub(super) fn forward<'py>(
+        &mut self,
+        run: &Bound<'py, Run>,
+        task: &TaskSpec,
+        made: Bound<'py, PyAny>,
+    ) -> PyResult<Flow<'py>> {
+        let py = run.py();
+        if made.get_type().getattr_opt(intern!(py, "__await__"))?.is_none() {
+            return self.returned(run, Work::Forward, made);
+        }
+        let shielded = shim(py, "uninterrupted")?.call1((made, task.attempt_timeout()))?;
+        self.work(run, Work::Forward, shielded, Input::nothing(py))
+    }
+
+    /// Keeps a cancel, the newest one, until the step in progress is done.
+    pub(super) fn withhold(&mut self, py: Python<'_>, input: &Input<'_>) {
+        if let Input::Throw(error) = input
+            && error.is_instance_of::<CancelledError>(py)
+        {
+            self.withheld = Some(error.clone_ref(py));
+        }
+    }
+
+    /// The cancel that was withheld, with the error as its context; the error if there is none.
+    pub(super) fn or_cancel(&mut self, py: Python<'_>, error: PyErr) -> PyErr {
+        let Some(cancel) = self.withheld.take() else { return error };
+        cancel.set_context(py, Some(error));
+        cancel
+    }
+
     /// What a compensatable task returned: the next state, and its output. If that is refused the run ends, whatever
     /// `on_error` says.
     pub(super) fn compensatable<'py>(
@@ -188,7 +219,7 @@ impl Drive {
                 value.get_type().qualname()?
             ));
             let error = self.failed(run, self.task(run), error);
-            return self.unwind(run, error);
+            return self.refused(run, error);
         };
         let step = self.completion(run, &task, pair.get_item(1)?.unbind());
         match self.route(run, &pair.get_item(0)?) {
@@ -205,12 +236,15 @@ impl Drive {
         let (py, env) = (run.py(), run.get().env.get());
         let Some(log) = run.get().durable() else {
             self.push(run, step)?;
-            return Ok(Flow::Go(Phase::Enter(next)));
+            return match self.withheld.take() {
+                None => Ok(Flow::Go(Phase::Enter(next))),
+                Some(cancel) => Err(self.interrupted(run, cancel)?),
+            };
         };
         let next_state = env.label(py, next).to_string();
         match log.get().completed(step.output.bind(py), next_state) {
             Ok(answer) => {
-                self.fresh = true;
+                self.fresh = self.withheld.is_none();
                 self.done = Some(step);
                 self.record(run, answer, After::Enter(next), None)
             }
@@ -235,6 +269,14 @@ impl Drive {
         error: PyErr,
     ) -> PyResult<Flow<'py>> {
         self.push(run, step)?;
+        self.refused(run, error)
+    }
+
+    fn refused<'py>(&mut self, run: &Bound<'py, Run>, mut error: PyErr) -> PyResult<Flow<'py>> {
+        if self.withheld.is_some() {
+            let cancel = self.or_cancel(run.py(), error);
+            error = self.interrupted(run, cancel)?;
+        }
         self.unwind(run, error)
     }
 
