@@ -41,6 +41,7 @@ SECTIONS = {
     "splits_compatibility": "one branch of a split in compatibility mode: an asyncio.Task",
     "breakers": "a circuit breaker around a call that returns at once",
     "checkpoints": "a durable row in an SQLite file, wall time",
+    "postgres": "durable rows in PostgreSQL, on this machine, wall time",
     "import_and_memory": "import, and memory of one of 10,000 runs, branches or items",
 }
 """The headings, by the name of the file; in the order of the report."""
@@ -95,6 +96,8 @@ TARGETS: Mapping[tuple[str, str], Target] = {
     ("added to a call, beside pybreaker", "pybreaker"): Target("faster", 8),
     ("added to a call, beside aiobreaker", "aiobreaker"): Target("faster", 8),
     ("added to a call, beside purgatory", "purgatory"): Target("faster", 8),
+    ("fenced append, 64 runs in flight", "pool of 16, a transaction each"): Target("faster", 4),
+    ("take-over of a killed worker, lease 2 s", OURS): Target("own", 2.5),
     ("five states, prebuilt", OURS): Target("own", 3e-6),
     ("five states, constructed and run", OURS): Target("own", 20e-6),
     ("durable row, 1,000 runs in flight", "a commit each"): Target("faster", 8),

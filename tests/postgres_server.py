@@ -74,6 +74,7 @@ class PostgresServer:
             "listen_addresses = '127.0.0.1'",
             "unix_socket_directories = ''",
             "max_connections = 100",
+            "wal_writer_delay = 10s",  # so that what nobody waits for does not reach the disk by itself
             f"fsync = {'on' if durable else 'off'}",
         ]
         with (self._folder / "postgresql.conf").open("a", encoding="utf-8") as file:

@@ -10,7 +10,16 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from cano import CheckpointRow, PostgresCheckpointStore, RowKind, RunClaimedError, RunConflictError
+from cano import (
+    CheckpointRow,
+    PostgresCheckpointStore,
+    RowKind,
+    RunClaimedError,
+    RunConflictError,
+    RunContext,
+    Workflow,
+    recover_all,
+)
 
 
 def say(*words: object) -> None:
@@ -34,6 +43,36 @@ async def work(dsn: str, schema: str, lease: str, runs: str) -> None:
     async with PostgresCheckpointStore(dsn, schema=schema, lease=float(lease)) as store, asyncio.TaskGroup() as group:
         for number in range(int(runs)):
             group.create_task(add_rows(store, f"run-{number}"))
+
+
+STEPS = 5
+
+
+def workflow(store: PostgresCheckpointStore) -> Workflow[str]:
+    """A chain of steps; each says that it has begun, in which run and under which key."""
+    chain = Workflow[str](name="chain").with_checkpoint_store(store)
+    for number in range(STEPS):
+
+        async def step(context: RunContext, number: int = number) -> str:
+            say("step", context.workflow_id, number, context.idempotency_key)
+            await asyncio.sleep(0.02)
+            return f"step-{number + 1}"
+
+        chain.register(f"step-{number}", step)
+    return chain.add_exit_state(f"step-{STEPS}")
+
+
+async def serve(dsn: str, schema: str, lease: str, name: str, runs: str) -> None:
+    async with PostgresCheckpointStore(dsn, schema=schema, lease=float(lease)) as store:
+        chain = workflow(store)
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(runs)):
+                group.create_task(chain.orchestrate("step-0", workflow_id=f"{name}-{number}"))
+        say("served", name)
+        while True:
+            for workflow_id, outcome in (await recover_all(chain, store)).items():
+                say("recovered", workflow_id, outcome)
+            await asyncio.sleep(0.1)
 
 
 async def claim(dsn: str, schema: str, workflow_id: str) -> None:
@@ -63,4 +102,4 @@ async def _at_the_signal() -> None:
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    asyncio.run({"work": work, "claim": claim, "start": start}[command](*arguments))
+    asyncio.run({"work": work, "serve": serve, "claim": claim, "start": start}[command](*arguments))

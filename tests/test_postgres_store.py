@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ Writer = pytest.importorskip("cano._postgres_writer").Writer
 pytestmark = [pytest.mark.realtime, pytest.mark.skipif(find_programs() is None, reason=MISSING)]
 
 LEASE = 2.0
+MANUAL = (Path(__file__).parent.parent / "docs" / "postgres.md").read_text(encoding="utf-8")
 _numbers = itertools.count(1)
 
 
@@ -258,6 +260,30 @@ async def test_appends_that_wait_share_a_commit(server, schema, batch):
     assert len(commits) <= 100 // batch + 2
 
 
+@pytest.mark.parametrize("default", ["on", "off"])
+@pytest.mark.parametrize("last", ["done", "refused"])
+async def test_what_was_answered_is_on_the_disk(server, schema, default, last):
+    """When operations of several kinds that share a turn are answered, all of them are on the disk, whatever the default is."""
+    async with (
+        PostgresCheckpointStore(f"{server.dsn}?synchronous_commit={default}", schema=schema) as store,
+        raw(server) as connection,
+    ):
+        flushed = []
+        for number in range(30):
+            fence, old = await begun(store, f"run-{number}"), await begun(store, f"old-{number}")
+            found = await asyncio.gather(
+                store.append(f"run-{number}", entry(1), fence=fence),
+                store.start_run(f"new-{number}", workflow="test", version=1),
+                store.clear(f"old-{number}", fence=old if last == "done" else fence),
+                return_exceptions=True,
+            )
+            assert isinstance(found[2], RunClaimedError) == (last == "refused")
+            at_once = "SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"
+            flushed.append(await connection.fetchval(at_once))
+
+    assert sum(flushed) > 25  # the server writes things of its own now and then
+
+
 async def test_what_is_refused_does_not_disturb_the_others(store, server, schema):
     """Of many operations that share a statement, those that may not be done are refused by themselves."""
     fences = [await begun(store, f"run-{number}") for number in range(20)]
@@ -298,6 +324,33 @@ async def test_what_the_database_refuses_fails_alone(store, server, schema):
     assert isinstance(error, StoreFailedError)
     assert error.workflow_id == "run-7"
     assert [len(await store.load_run(f"run-{number}")) for number in range(20)] == [n != 7 for n in range(20)]
+
+
+async def test_a_run_that_somebody_locks_holds_up_itself_alone(store, server, schema):
+    """While somebody else's transaction has locked a run, others are written; its own row is, when the lock is gone."""
+    fences = [await begun(store, f"run-{number}") for number in range(10)]
+    async with raw(server) as connection:
+        async with connection.transaction():
+            await connection.execute(f"SELECT FROM {schema}.runs WHERE workflow_id = 'run-3' FOR UPDATE")
+            loop = asyncio.get_running_loop()
+            appends = [
+                loop.create_task(store.append(f"run-{n}", entry(1), fence=fence)) for n, fence in enumerate(fences)
+            ]
+            done, locked = await asyncio.wait(appends, timeout=LEASE / 2)
+            assert (len(done), locked) == (9, {appends[3]})
+            backends = (
+                "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()"
+            )
+            assert await connection.fetchval(backends, f'"{schema}"') <= 2
+
+        await asyncio.gather(*appends)
+
+        assert await sequences(store, "run-3") == [0, 1]
+        async with connection.transaction():
+            await connection.execute(f"SELECT FROM {schema}.runs WHERE workflow_id = 'run-3' FOR UPDATE")
+            with pytest.raises(StoreFailedError, match=r"run-3.*was locked") as refused:
+                await store.append("run-3", entry(2), fence=fences[3])
+            assert refused.value.reason == "busy"
 
 
 async def test_operations_on_one_run_keep_their_order(store):
@@ -455,6 +508,23 @@ async def test_an_id_that_was_cleared_begins_anew(store, other):
         await store.append("run", entry(1), fence=fence)
 
 
+async def test_a_clear_leaves_no_row_behind(store, server, schema):
+    """Clearing forgets the rows of a run, also one that was added while the clear was on its way."""
+    await store.append("run", entry(0))
+    async with raw(server) as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        assert await _append_by_hand(connection, schema, "run", entry(1), None) == 1
+        clearing = asyncio.get_running_loop().create_task(store.clear("run"))
+        await asyncio.sleep(0.1)
+        assert not clearing.done()
+        await transaction.commit()
+        await clearing
+
+        assert await connection.fetch(f"SELECT FROM {schema}.rows") == []
+    assert await store.load_run("run") == []
+
+
 async def test_runs_are_listed_by_status_and_age(store):
     """Runs are listed by status, by the age of their last write, the longest untouched first, and as many as asked for."""
     for number in range(3):
@@ -499,7 +569,7 @@ async def test_an_append_that_meets_a_take_over_is_refused(store, other, server,
         await expire(connection, schema)
         transaction = connection.transaction()
         await transaction.start()
-        claimed = await connection.fetch(sql.CLAIM.replace("{schema}", schema), "somebody", ["run"], [bytes(16)])
+        claimed = await connection.fetch(sql.CLAIM.replace("{schema}", schema), "somebody", ["run"], [bytes(16)], "on")
         assert len(claimed) == 1
         appending = asyncio.get_running_loop().create_task(store.append("run", entry(1), fence=fence))
         await asyncio.sleep(0.2)
@@ -518,7 +588,7 @@ async def _append_by_hand(connection, schema, workflow_id, row, fence):
         None, None, row.run_id, row.recorded_at, row.workflow_version, row.encode(workflow_id),
     ]  # fmt: skip
     statement = sql.APPEND.replace("{schema}", schema)
-    return len(await connection.fetch(statement, *[[column] for column in columns], 50_000, 50 << 20))
+    return len(await connection.fetch(statement, *[[column] for column in columns], 50_000, 50 << 20, "on"))
 
 
 async def test_a_new_owner_has_loaded_all_that_the_old_one_wrote(store, other, server, schema):
@@ -631,6 +701,37 @@ async def test_the_runs_of_a_killed_process_are_taken_over(server, schema):
             await store.append(workflow_id, entry(len(rows)), fence=fence)
 
 
+async def test_the_workflows_of_a_killed_process_are_finished_by_another(server, schema):
+    """Another process goes on where the killed one was: no step is left out, and only the one under way is begun again."""
+    [victim] = processes("serve", server, schema, 1.0, "victim", 20)
+    [heir] = processes("serve", server, schema, 1.0, "heir", 0)
+    with ended([victim, heir]):
+        begun_by_victim = [line(victim)[1:] for _ in range(50)]
+        os.kill(victim.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        begun_by_victim += [words.split()[1:] for words in victim.communicate()[0].splitlines()]
+        assert line(heir) == ["served", "heir"]
+        begun_by_heir, recovered = [], {}
+        while len(recovered) < len({run for run, *_ in begun_by_victim}):
+            word, run, *rest = line(heir)
+            if word == "step":
+                begun_by_heir.append([run, *rest])
+            else:
+                recovered[run] = rest
+
+    assert time.monotonic() - killed < 5
+    assert set(map(tuple, recovered.values())) == {("step-5",)}
+    for run in recovered:
+        before = [(int(step), key) for name, step, key in begun_by_victim if name == run]
+        after = [(int(step), key) for name, step, key in begun_by_heir if name == run]
+        assert [step for step, _ in before] == list(range(len(before)))
+        first = after[0][0] if after else 5
+        assert first in (len(before) - 1, len(before))
+        assert [step for step, _ in after] == list(range(first, 5))
+        again = {step: key for step, key in before if step == first}
+        assert all(key == again.get(step, key) for step, key in after)
+
+
 async def test_a_process_that_was_paused_writes_nothing_more(server, schema):
     """A process that comes back after its runs were taken over is refused in each, and has added no row."""
     async with PostgresCheckpointStore(server.dsn, schema=schema, lease=LEASE) as store:
@@ -652,12 +753,12 @@ async def test_a_process_that_was_paused_writes_nothing_more(server, schema):
 async def test_a_living_process_keeps_its_runs(server, schema):
     """The lease of a process that lives is kept alive for all of its runs, however long they wait."""
     async with (
-        PostgresCheckpointStore(server.dsn, schema=schema, lease=0.5) as store,
-        PostgresCheckpointStore(server.dsn, schema=schema, lease=0.5) as other,
+        PostgresCheckpointStore(server.dsn, schema=schema, lease=1) as store,
+        PostgresCheckpointStore(server.dsn, schema=schema, lease=1) as other,
     ):
         fence = await begun(store, "run")
 
-        for _ in range(15):
+        for _ in range(25):
             await asyncio.sleep(0.1)
             with pytest.raises(RunClaimedError):
                 await other.claim("run")
@@ -698,8 +799,8 @@ async def test_an_answer_that_was_lost_is_found_again(store, monkeypatch, operat
         await store.release("run", fence)
     send, failures = Writer._send, itertools.count()
 
-    async def done_and_lost(self, connection, name, operations):
-        answers = await send(self, connection, name, operations)
+    async def done_and_lost(self, connection, name, operations, sync):
+        answers = await send(self, connection, name, operations, sync)
         if next(failures) == 0:
             raise ConnectionResetError
         return answers
@@ -886,6 +987,36 @@ async def test_a_server_that_is_not_there_is_told_at_once(server):
     await store.aclose()
 
 
+async def test_a_user_with_the_rights_of_the_manual_can_use_the_tables(server, schema, store):
+    """The rights that docs/postgres.md names are enough for all but making the tables."""
+    await begun(store, "run")
+    async with raw(server) as connection:
+        await connection.execute(f"CREATE ROLE {schema} LOGIN")
+        for grant in re.findall(r"^GRANT .*$", MANUAL, re.MULTILINE):
+            await connection.execute(
+                grant.replace("SCHEMA cano", f"SCHEMA {schema}").replace("TO orders", f"TO {schema}")
+            )
+
+    async with PostgresCheckpointStore(server.dsn.replace("postgres@", f"{schema}@"), schema=schema) as second:
+        fence = await begun(second, "second")
+        await second.append("second", cursor(1), fence=fence)
+        await second.append("second", cursor(2, 1), fence=fence)
+        await second.release("second", fence)
+        await second.clear("second")
+        assert [run.id for run in await second.list_runs()] == ["run"]
+
+
+def test_the_manual_is_true(server):
+    """The examples of docs/postgres.md run, one after the other."""
+    examples = re.findall(r"^```py\n(.*?)^```$", MANUAL, re.MULTILINE | re.DOTALL)
+    namespace = {}
+
+    for example in examples:
+        exec(example.replace("postgresql://orders:secret@db.internal:5432/orders", server.dsn), namespace)  # noqa: S102
+
+    assert len(examples) == 2
+
+
 def test_a_missing_driver_is_named():
     """Without asyncpg cano is imported all the same, and the store's error says what to install."""
     script = (
@@ -904,7 +1035,7 @@ def test_a_missing_driver_is_named():
     [
         ({"dsn": "sqlite:///file"}, "dsn must begin with postgresql://, got 'sqlite:///file'"),
         ({"dsn": None}, "dsn must be a text, got None"),
-        ({"dsn": "mysql://me:secret@host"}, r"me:\*\*\*@host"),
+        ({"dsn": "mysql://me:sec:r@et@host"}, r"mysql://me:\*\*\*@host'"),
         ({"schema": "a b"}, "schema must be a name of 1 to 63"),
         ({"schema": "pg_mine"}, "schema must not begin with pg_"),
         ({"schema": 'x"; DROP TABLE y; --'}, "schema must be a name"),

@@ -25,17 +25,26 @@ _LOST: tuple[type[BaseException], ...] = (
     asyncpg.InternalClientError,
 )
 _AGAIN: tuple[type[BaseException], ...] = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+_BUSY: tuple[type[BaseException], ...] = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 
 _LONGEST_READ = 60.0
 """Seconds that the answer to a question may take."""
 
-Verdict = Literal["lost", "again", "refused"]
+FIRST_LIMIT = 10.0
+"""Seconds that the first connection may take."""
+
+Verdict = Literal["lost", "again", "busy", "refused"]
 
 
 def verdict(error: BaseException) -> Verdict:
-    """What the failure of a statement means: the connection is of no use any more, do it once more, or it is refused."""
+    """What the failure of a statement means.
+
+    The connection is of no use any more; do it once more; somebody else holds what it needs; or it is refused.
+    """
+    if isinstance(error, _BUSY):
+        return "busy"
     if isinstance(error, asyncpg.DiskFullError):
         return "refused"
     if isinstance(error, _LOST):
@@ -51,6 +60,8 @@ def failed(error: BaseException, workflow_id: str | None = None) -> StoreFailedE
         reason = "disk-full"
     elif isinstance(error, asyncpg.DataCorruptedError | asyncpg.IndexCorruptedError):
         reason = "damaged"
+    elif isinstance(error, _BUSY):
+        reason = "busy"
     else:
         reason = "io" if verdict(error) == "lost" else "other"
     return StoreFailedError(f"PostgreSQL failed: {text_of(error)}", workflow_id, reason=reason)
@@ -73,7 +84,7 @@ def text_of(error: BaseException) -> str:
 
 def without_password(dsn: str) -> str:
     """The address as messages may show it."""
-    hidden = re.sub(r"(?<=:)[^:/?#]*(?=@)", "***", dsn, count=1)
+    hidden = re.sub(r"://([^:@]*):.*@", r"://\1:***@", dsn)
     return re.sub(r"(?i)(password=)[^&\s]*", r"\1***", hidden)
 
 
@@ -92,6 +103,8 @@ class Connection:
         self._connection = connection
         self._schema = f'"{schema}"'
         self._prepared: dict[str, Any] = {}
+        self.sync = "on"
+        """The setting with which a commit waits for the disk."""
 
     @classmethod
     async def open(cls, dsn: str, schema: str, *, limit: float, settings: str = "") -> "Connection":
@@ -112,6 +125,7 @@ class Connection:
             try:
                 if settings:
                     await opened._connection.execute(settings)
+                    opened.sync = await opened._value(sql.SYNC)
                 await opened._bring_up_to_date()
             except BaseException:
                 opened.terminate()
@@ -127,9 +141,6 @@ class Connection:
                 prepared = self._prepared[name] = await self._connection.prepare(statement, name=f"cano_{name.lower()}")
             found: list[Any] = await prepared.fetch(*arguments)
             return found
-
-    def transaction(self) -> Any:
-        return self._connection.transaction()
 
     async def close(self) -> None:
         """Say good-bye to the server, which must take it within a second."""
@@ -220,7 +231,7 @@ class Reader:
 
     async def _ask(self, statement: str, *arguments: object) -> list[Any]:
         if self._connection is None:
-            self._connection = await Connection.open(self._dsn, self._schema, limit=self._patience / 2)
+            self._connection = await Connection.open(self._dsn, self._schema, limit=FIRST_LIMIT)
         try:
             return await self._connection.fetch(statement, *arguments, limit=_LONGEST_READ)
         except BaseException as error:

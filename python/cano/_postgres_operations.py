@@ -23,7 +23,7 @@ AGAIN = object()
 class Operation:
     """Something to be written."""
 
-    __slots__ = ("deadline", "done", "is_answered", "is_in_doubt", "workflow_id")
+    __slots__ = ("deadline", "done", "is_answered", "is_in_doubt", "is_sent", "workflow_id")
 
     statement: str
     size: int = 0
@@ -34,6 +34,8 @@ class Operation:
         self.deadline = deadline
         """From when it waits no longer for a database that is away."""
         self.is_answered = False
+        self.is_sent = False
+        """Whether it was, in this turn."""
         self.is_in_doubt = False
         """Whether it was sent, and the answer was lost."""
 

@@ -4,11 +4,13 @@ The truth of a row is its bytes (docs/design/checkpoints.md); the columns beside
 cursor is compared by when it takes the place of another. Times are the database's. Each statement does many operations at
 once and says which of them it did, by their place in the arrays; it leaves out what may not be done.
 
-Two rules keep what is written right while others write:
+Three rules keep what is written right:
 
 - A row is added by the statement that updates its run, under the condition that the fence is still the run's. Whoever
   takes the run over changes the same tuple: one of the two waits for the other, and then sees what it did. A statement
   that only looked at the fence could commit behind the back of the new owner.
+- The statements of a turn share a sync of the disk: all but the last are told not to wait for it, and all are answered when
+  the last has waited. The log is written in order, so that what came before is on the disk then.
 - A claim passes over tuples that are locked and asks again later. So it never waits while it holds others, and no circle
   of waiting can form between a claim and an append of many runs.
 """
@@ -78,9 +80,15 @@ SET plan_cache_mode = force_generic_plan; -- planning would take longer than doi
 SET enable_hashjoin = off; -- everything is looked up by its key, also while the planner still takes the tables for small
 SET enable_mergejoin = off;
 SET enable_seqscan = off;
-SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';
+SET lock_timeout = {lock_timeout};
+SET statement_timeout = {statement_timeout};
 """
-"""Of the connection that writes. What was answered is on the disk, whatever the server does by default."""
+"""Of the connection that writes; times are milliseconds."""
+
+SYNC = """
+SELECT CASE setting WHEN 'off' THEN 'on' ELSE setting END FROM current_setting('synchronous_commit') AS setting
+"""
+"""How the connection waits for the disk: what was answered is there, whatever the server does by default."""
 
 HAS_VERSIONS = "SELECT to_regclass('{schema}.versions') IS NOT NULL"
 HAS_SCHEMA = "SELECT to_regnamespace('{schema}') IS NOT NULL"
@@ -93,8 +101,12 @@ ADD_VERSION = "INSERT INTO {schema}.versions VALUES ($1)"
 LOCK_MIGRATIONS = "SELECT pg_advisory_xact_lock($1)"
 
 BEAT = """
-INSERT INTO {schema}.owners AS o (owner, lease_until) VALUES ($1, now() + $2::interval)
-ON CONFLICT (owner) DO UPDATE SET lease_until = greatest(o.lease_until, excluded.lease_until)
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $3, true)), u AS (
+    INSERT INTO {schema}.owners AS o (owner, lease_until) VALUES ($1, now() + $2::interval)
+    ON CONFLICT (owner) DO UPDATE SET lease_until = greatest(o.lease_until, excluded.lease_until)
+    RETURNING owner
+)
+SELECT FROM u, sync
 """
 
 FORGET_OWNERS = """
@@ -106,13 +118,16 @@ LEAVE_RUNS = "UPDATE {schema}.runs SET owner = NULL, updated_at = now() WHERE ow
 LEAVE = "DELETE FROM {schema}.owners WHERE owner = $1"
 
 START = """
-INSERT INTO {schema}.runs
-    (workflow_id, status, owner, fence, ticket, workflow, version, state, next_sequence, kept_rows, kept_bytes)
-SELECT workflow_id, 'running', $1, nextval('{schema}.fences'), ticket, workflow, version, '', 0, 0, 0
-FROM unnest($2::text[], $3::bytea[], $4::text[], $5::bigint[]) AS e (workflow_id, ticket, workflow, version)
-ORDER BY workflow_id -- two statements that start the same runs wait for each other in one order
-ON CONFLICT (workflow_id) DO NOTHING
-RETURNING workflow_id, fence
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $6, true)), u AS (
+    INSERT INTO {schema}.runs
+        (workflow_id, status, owner, fence, ticket, workflow, version, state, next_sequence, kept_rows, kept_bytes)
+    SELECT workflow_id, 'running', $1, nextval('{schema}.fences'), ticket, workflow, version, '', 0, 0, 0
+    FROM unnest($2::text[], $3::bytea[], $4::text[], $5::bigint[]) AS e (workflow_id, ticket, workflow, version)
+    ORDER BY workflow_id -- two statements that start the same runs wait for each other in one order
+    ON CONFLICT (workflow_id) DO NOTHING
+    RETURNING workflow_id, fence
+)
+SELECT workflow_id, fence FROM u, sync
 """
 
 CLAIM = """
@@ -124,16 +139,18 @@ WITH e AS MATERIALIZED (
     WHERE r.status IN ('running', 'rolling back', 'stopped')
         AND (r.owner IS NULL OR o.lease_until IS NULL OR o.lease_until <= now())
     FOR UPDATE OF r SKIP LOCKED
-)
-UPDATE {schema}.runs AS r
-SET status = CASE r.status WHEN 'stopped' THEN 'running' ELSE r.status END,
-    owner = $1, fence = nextval('{schema}.fences'), ticket = found.ticket, updated_at = now()
-FROM found WHERE r.run = found.run
-RETURNING r.workflow_id, r.fence
+), u AS (
+    UPDATE {schema}.runs AS r
+    SET status = CASE r.status WHEN 'stopped' THEN 'running' ELSE r.status END,
+        owner = $1, fence = nextval('{schema}.fences'), ticket = found.ticket, updated_at = now()
+    FROM found WHERE r.run = found.run
+    RETURNING r.workflow_id, r.fence
+), sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $4, true))
+SELECT workflow_id, fence FROM u, sync
 """
 
 _ENTRIES = """
-WITH e AS MATERIALIZED (
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $19, true)), e AS MATERIALIZED (
     SELECT *, octet_length(row) AS bytes,
         to_timestamp(recorded_at / 1000.0) AS moment
     FROM unnest(
@@ -180,7 +197,7 @@ BEGIN = (
     SELECT run, sequence, kind, state, task, visit, attempt, next_state, refers_to, run_id, moment, row
     FROM e JOIN u USING (workflow_id)
 )
-SELECT place FROM e JOIN u USING (workflow_id)
+SELECT place FROM sync, e JOIN u USING (workflow_id)
 """
 )
 """Row 0 of runs that nobody has claimed and that are not there yet."""
@@ -194,7 +211,7 @@ APPEND = (
     + _MAY_FOLLOW
     + "RETURNING r.run, e.*), i AS ("
     + _INSERT
-    + ") SELECT place FROM u"
+    + ") SELECT place FROM u, sync"
 )
 
 REPLACE = (
@@ -214,22 +231,25 @@ REPLACE = (
     + """), d AS (
     DELETE FROM {schema}.rows AS p USING u WHERE p.run = u.run AND p.sequence = u.sequence - 1
 )
-SELECT place FROM u
+SELECT place FROM u, sync
 """
 )
 """Cursors that take the place of the cursor before them."""
 
 RELEASE = """
-UPDATE {schema}.runs AS r
-SET status = CASE WHEN e.stopped AND r.status = 'running' THEN 'stopped' ELSE r.status END,
-    owner = NULL, updated_at = now()
-FROM unnest($1::text[], $2::bigint[], $3::bool[]) WITH ORDINALITY AS e (workflow_id, fence, stopped, place)
-WHERE r.workflow_id = e.workflow_id AND r.fence = e.fence AND r.owner IS NOT NULL
-RETURNING e.place
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $4, true)), u AS (
+    UPDATE {schema}.runs AS r
+    SET status = CASE WHEN e.stopped AND r.status = 'running' THEN 'stopped' ELSE r.status END,
+        owner = NULL, updated_at = now()
+    FROM unnest($1::text[], $2::bigint[], $3::bool[]) WITH ORDINALITY AS e (workflow_id, fence, stopped, place)
+    WHERE r.workflow_id = e.workflow_id AND r.fence = e.fence AND r.owner IS NOT NULL
+    RETURNING e.place
+)
+SELECT place FROM u, sync
 """
 
 CLEAR = """
-WITH found AS MATERIALIZED (
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $3, true)), found AS MATERIALIZED (
     SELECT r.run, e.place
     FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS e (workflow_id, fence, place)
         JOIN {schema}.runs AS r USING (workflow_id) LEFT JOIN {schema}.owners AS o ON o.owner = r.owner
@@ -238,13 +258,16 @@ WITH found AS MATERIALIZED (
         ELSE r.fence = e.fence
     END
     FOR UPDATE OF r SKIP LOCKED
+), x AS (
+    DELETE FROM {schema}.rows AS x USING found WHERE x.run = found.run RETURNING x.run
+), u AS (
+    DELETE FROM {schema}.runs AS r USING found WHERE r.run = found.run RETURNING r.run, r.kept_rows, found.place
 )
-DELETE FROM {schema}.runs AS r USING found WHERE r.run = found.run
-RETURNING r.run, found.place
+SELECT run, place, kept_rows - (SELECT count(*) FROM x WHERE x.run = u.run) AS left_over FROM u, sync
 """
 
 CLEAR_ROWS = "DELETE FROM {schema}.rows WHERE run = ANY ($1::bigint[])"
-"""After `CLEAR` and in its transaction: now nobody adds a row any more, and those added before can be seen."""
+"""For what `CLEAR` could not see: rows that were added between its beginning and its turn at the run."""
 
 STANDINGS = """
 SELECT e.place, r.workflow_id, r.status, r.owner, r.fence, r.ticket, r.next_sequence, r.kept_rows, r.kept_bytes,

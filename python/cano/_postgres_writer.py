@@ -4,6 +4,7 @@ Who wants something written leaves an operation in the queue and awaits its answ
 operations of each kind in one statement, which is one commit, and hands out the answers. While it is busy the queue fills,
 so the more is asked of it, the more share a commit; who comes alone waits for nobody.
 
+- What a turn does in several statements waits for the disk once, and is answered when the last of them has.
 - One turn has at most `batch` operations and at most one of each run, in the order in which they came.
 - An operation that may not be done changes nothing and does not disturb the others.
 - An answer that was lost with its connection is asked for again: each operation knows how to tell that it was done.
@@ -20,12 +21,12 @@ import secrets
 import socket
 from collections import deque
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import _core
 from ._core import Standing
 from ._errors import CheckpointError, RunClaimedError, StoreFailedError, show
-from ._postgres_connection import Connection, cannot_open, failed, pauses, text_of, verdict
+from ._postgres_connection import FIRST_LIMIT, Connection, cannot_open, failed, pauses, text_of, verdict
 from ._postgres_operations import AGAIN, Append, Claim, Clear, Operation, Release, Start
 from ._postgres_sql import SETTINGS
 
@@ -36,6 +37,8 @@ _PAUSE = 0.005
 """Seconds before something is done again that was in somebody's way."""
 
 _LIMITS = _core.limits_of_runs()
+
+_Answer: TypeAlias = "tuple[Operation, Any]"
 
 _LEFT_OUT = object()
 """Instead of an answer: the statement has not done it."""
@@ -145,7 +148,7 @@ class Writer:
         """Do what waits until the store is closed, over one connection after the other."""
         try:
             try:
-                connection = await self._connect()
+                connection = await self._connect(FIRST_LIMIT)
             except Exception as error:  # noqa: BLE001 - who waits gets it
                 self._refuse_all(cannot_open(error, self._dsn))
                 self._task = None  # the next operation tries again
@@ -176,9 +179,11 @@ class Writer:
             connection.terminate()
         return None
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, limit: float) -> Connection:
         """A connection whose lease has begun."""
-        connection = await Connection.open(self._dsn, self._schema, limit=self._patience, settings=SETTINGS)
+        milliseconds = 1000 * self._patience
+        settings = SETTINGS.format(lock_timeout=int(milliseconds / 4), statement_timeout=int(milliseconds * 0.9))
+        connection = await Connection.open(self._dsn, self._schema, limit=limit, settings=settings)
         try:
             await self._renew(connection)
             await connection.fetch("FORGET_OWNERS", limit=self._patience)
@@ -194,14 +199,17 @@ class Writer:
 
     async def _connect_again(self, error: Exception) -> Connection | None:
         """Another connection, however long it takes; None if the store is closed and nothing waits any more."""
-        self._waiting.extendleft(reversed([it for it in self._under_way if not it.is_answered]))
+        again = [operation for operation in self._under_way if not operation.is_answered]
+        for operation in again:
+            operation.is_in_doubt |= operation.is_sent
+        self._waiting.extendleft(reversed(again))
         self._under_way = []
         for pause in pauses(self._lease):
             self._expire(error)
             if self._is_closed and not self._waiting:
                 return None
             try:
-                return await self._connect()
+                return await self._connect(self._patience)
             except Exception as again:  # noqa: BLE001 - whatever it is, it may pass
                 error = again
             await asyncio.sleep(pause)
@@ -266,7 +274,9 @@ class Writer:
 
     async def _renew(self, connection: Connection) -> None:
         sent = asyncio.get_running_loop().time()
-        await connection.fetch("BEAT", self.owner, timedelta(seconds=self._lease), limit=self._patience)
+        await connection.fetch(
+            "BEAT", self.owner, timedelta(seconds=self._lease), connection.sync, limit=self._patience
+        )
         self._alive_until = sent + self._lease
         self._next_beat = sent + self._beat
 
@@ -282,49 +292,74 @@ class Writer:
     async def _turn(self, connection: Connection) -> None:
         statements: dict[str, list[Operation]] = {}
         for operation in self._under_way:
+            operation.is_sent = False
             statements.setdefault(operation.statement, []).append(operation)
-        for name, operations in statements.items():
-            await self._do(connection, name, operations)
+        answers: list[_Answer] = []
+        is_synced = True
+        for place, (name, operations) in enumerate(statements.items(), 1):
+            is_last = place == len(statements)
+            done, found = await self._do(connection, name, operations, connection.sync if is_last else "off")
+            answers += done + found
+            is_synced = is_last and bool(done) and not found
+        if answers and not is_synced:  # nothing has waited for the disk
+            await self._renew(connection)
+        for operation, answer in answers:
+            self._answer(operation, answer)
         again = [operation for operation in self._under_way if not operation.is_answered]
         is_stuck = len(again) == len(self._under_way)
         self._under_way = []
-        self._waiting.extendleft(reversed(again))
+        now = asyncio.get_running_loop().time()
+        for operation in reversed(again):
+            if now < operation.deadline:
+                self._waiting.appendleft(operation)
+            else:
+                text = f"run {show(operation.workflow_id)} was locked by somebody else for {self._lease:g} s"
+                operation.refuse(StoreFailedError(text, operation.workflow_id, operation.sequence(), reason="busy"))
         if again and is_stuck:
             await asyncio.sleep(_PAUSE)
 
-    async def _do(self, connection: Connection, name: str, operations: list[Operation]) -> None:
-        """Do operations of one kind; those that are left without an answer are to be done again."""
+    async def _do(
+        self, connection: Connection, name: str, operations: list[Operation], sync: str
+    ) -> tuple[list[_Answer], list[_Answer]]:
+        """Do operations of one kind: what was done, and what was found to have been done before.
+
+        What is refused is told so at once; what is in neither list is to be done again.
+        """
+        for operation in operations:
+            operation.is_sent = True
         try:
-            answers = await self._send(connection, name, operations)
+            answers = await self._send(connection, name, operations, sync)
         except Exception as error:
             match verdict(error):
                 case "lost":
-                    for operation in operations:
-                        operation.is_in_doubt = True
                     raise
                 case "again":
-                    return
-                case "refused":
-                    await self._refuse(connection, name, operations, error)
-                    return
-        left_out = []
-        for operation, answer in zip(operations, answers, strict=True):
-            if answer is _LEFT_OUT:
-                left_out.append(operation)
-            else:
-                self._answer(operation, answer)
-        if left_out:
-            await self._explain(connection, left_out)
+                    return [], []
+                case "busy" if len(operations) == 1:
+                    return [], []
+                case "busy" | "refused":
+                    return await self._do_each(connection, name, operations, error)
+        pairs = list(zip(operations, answers, strict=True))
+        left_out = [operation for operation, answer in pairs if answer is _LEFT_OUT]
+        found = await self._explain(connection, left_out) if left_out else []
+        return [(operation, answer) for operation, answer in pairs if answer is not _LEFT_OUT], found
 
-    async def _refuse(self, connection: Connection, name: str, operations: list[Operation], error: Exception) -> None:
-        """Find the operation that the database refuses; the others need not suffer for it."""
+    async def _do_each(
+        self, connection: Connection, name: str, operations: list[Operation], error: Exception
+    ) -> tuple[list[_Answer], list[_Answer]]:
+        """Find the operation that the database refuses, or that somebody locks out; the others need not suffer for it."""
+        done: list[_Answer] = []
+        found: list[_Answer] = []
         if len(operations) == 1:
             operations[0].refuse(failed(error, operations[0].workflow_id))
         else:
             for operation in operations:
-                await self._do(connection, name, [operation])
+                one = await self._do(connection, name, [operation], connection.sync)
+                done += one[0]
+                found += one[1]
+        return done, found
 
-    async def _send(self, connection: Connection, name: str, operations: list[Operation]) -> list[Any]:
+    async def _send(self, connection: Connection, name: str, operations: list[Operation], sync: str) -> list[Any]:
         """The answers, in order; `_LEFT_OUT` for what the statement has left out."""
         columns = zip(*[operation.columns() for operation in operations], strict=True)
         limit = self._patience
@@ -332,40 +367,33 @@ class Writer:
         if name == "GREETING":
             return [None] * len(operations)
         if name in ("START", "CLAIM"):
-            found = await connection.fetch(name, self.owner, *columns, limit=limit)
+            found = await connection.fetch(name, self.owner, *columns, sync, limit=limit)
             fences = {record["workflow_id"]: record["fence"] for record in found}
             return [fences.get(operation.workflow_id, _LEFT_OUT) for operation in operations]
-        if name == "CLEAR":
-            async with connection.transaction():
-                found = await connection.fetch(name, *columns, limit=limit)
-                await connection.fetch("CLEAR_ROWS", [record["run"] for record in found], limit=limit)
-        elif name == "RELEASE":
-            found = await connection.fetch(name, *columns, limit=limit)
-        else:
-            found = await connection.fetch(name, *columns, *_LIMITS, limit=limit)
+        limits = () if name in ("CLEAR", "RELEASE") else _LIMITS
+        found = await connection.fetch(name, *columns, *limits, sync, limit=limit)
+        if name == "CLEAR" and (left_over := [record["run"] for record in found if record["left_over"]]):
+            await connection.fetch("CLEAR_ROWS", left_over, limit=limit)
         for record in found:
             answers[record["place"] - 1] = None
         return answers
 
-    async def _explain(self, connection: Connection, operations: list[Operation]) -> None:
-        """Say of what was left out why, or leave it without an answer."""
+    async def _explain(self, connection: Connection, operations: list[Operation]) -> list[_Answer]:
+        """Say of what was left out why; what was done before is returned."""
         ids, sequences = zip(*[(operation.workflow_id, operation.sequence()) for operation in operations], strict=True)
-        found = {
-            record["place"]: record
-            for record in await connection.fetch("STANDINGS", ids, sequences, limit=self._patience)
-        }
+        records = await connection.fetch("STANDINGS", ids, sequences, limit=self._patience)
+        known = {record["place"]: record for record in records}
+        found: list[_Answer] = []
         for place, operation in enumerate(operations, 1):
-            record = found.get(place)
+            record = known.get(place)
             try:
                 answer = operation.left_out(record and _standing(record), record)
             except CheckpointError as error:
                 operation.refuse(error)
                 continue
             if answer is not AGAIN:
-                self._answer(operation, answer)
-            elif asyncio.get_running_loop().time() >= operation.deadline:
-                text = f"run {show(operation.workflow_id)} was locked for {self._lease:g} s"
-                operation.refuse(StoreFailedError(text, operation.workflow_id, operation.sequence(), reason="busy"))
+                found.append((operation, answer))
+        return found
 
     def _answer(self, operation: Operation, answer: Any) -> None:
         if isinstance(operation, Claim):
