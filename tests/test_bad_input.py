@@ -917,6 +917,7 @@ WALK = {
         f"CheckpointRow.{field}": (field, lambda value, field=field: checkpoint(**{field: value}))
         for field in parameters_of(CheckpointRow)
     },
+    "CheckpointRow.replace.changes": ("visit", lambda value: ENTRY.replace(visit=value)),
     "CheckpointRow.encode.workflow_id": ("workflow_id", ENTRY.encode),
     "CheckpointRow.decode.workflow_id": (
         "workflow_id|run",

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import weakref
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -585,8 +585,8 @@ def test_what_was_answered_outlives_a_kill(path, round_):
 # The loop
 
 
-@asynccontextmanager
-async def locked(path, seconds):
+@contextmanager
+def locked(path, seconds):
     """Another process keeps everybody else from writing for so long."""
     code = """
 import sqlite3, sys, time
@@ -597,7 +597,7 @@ time.sleep(float(sys.argv[2]))
 connection.execute("COMMIT")
 """
     arguments = [sys.executable, "-c", code, str(path), str(seconds)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:  # noqa: ASYNC220, S603
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         process.stdout.readline()
         yield
 
@@ -624,7 +624,7 @@ async def test_slow_disk_never_stalls_the_loop(path):
 
     async with SqliteCheckpointStore(path) as store:
         fence = await write(store, "order-1", [entry(0)])
-        async with locked(path, 1):
+        with locked(path, 1):
             with timed():
                 append = store.append("order-1", entry(1), fence=fence)
             with timed():
@@ -652,10 +652,9 @@ async def test_one_call_for_many_answers(path, monkeypatch):
 
     async with SqliteCheckpointStore(path) as store:
         fence = await store.start_run("order-1", workflow="order", version=1)
-        async with locked(path, 0.5):
-            with monkeypatch.context() as patch:
-                patch.setattr(loop, "call_soon_threadsafe", counted)
-                await asyncio.gather(*(store.append("order-1", entry(at), fence=fence) for at in range(1_000)))
+        with locked(path, 0.5), monkeypatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", counted)
+            await asyncio.gather(*(store.append("order-1", entry(at), fence=fence) for at in range(1_000)))
 
         assert 1 <= len(calls) <= 3
         assert len(await store.load_run("order-1")) == 1_000
@@ -711,8 +710,10 @@ def test_loop_that_is_closed(path):
     """What is done for a loop that was closed meanwhile goes nowhere, and the store works in the next loop."""
     store = SqliteCheckpointStore(path)
 
-    async def leave():
-        fence = await store.start_run("order-1", workflow="order", version=1)
+    async def begin():
+        return await store.start_run("order-1", workflow="order", version=1)
+
+    async def leave(fence):
         for at in range(100):
             store.append("order-1", entry(at), fence=fence)
         store.start_run("order-2", workflow="order", version=1)
@@ -722,7 +723,9 @@ def test_loop_that_is_closed(path):
         await store.start_run("order-2", workflow="order", version=1)
         return len(await store.load_run("order-1"))
 
-    asyncio.run(leave())
+    fence = asyncio.run(begin())
+    with locked(path, 0.3):
+        asyncio.run(leave(fence))
     deadline = time.monotonic() + 10
     while True:
         try:

@@ -71,9 +71,10 @@ def checkpoint_store_suite() -> list[StoreCheck]:
             async def test_my_store(check, tmp_path):
                 await check(lambda: MyStore(tmp_path / "runs"))
 
+        >>> from cano import InMemoryCheckpointStore
         >>> async def main():
         ...     for check in checkpoint_store_suite():
-        ...         store = cano.InMemoryCheckpointStore()
+        ...         store = InMemoryCheckpointStore()
         ...         await check(store.another_owner)
         >>> asyncio.run(main())
     """
