@@ -30,8 +30,6 @@ from typing import Any, NoReturn
 
 from cano import (
     InMemoryCheckpointStore,
-    RunClaimedError,
-    RunNotFoundError,
     SqliteCheckpointStore,
     Workflow,
     recover_all,
@@ -145,7 +143,7 @@ class Campaign:
         kills = 0
         for _ in range(self.dice.randint(*KILLS[self.mode])):
             child = self.fork(self.work(ledger, runs))
-            if self.mode == "rollback" or self.dice.random() < 0.8:  # noqa: PLR2004 - a few die before the first step
+            if self.mode == "rollback" or self.dice.random() < 0.8:
                 child.await_sign()
                 time.sleep(self.dice.uniform(0, self.since_sign))
             else:
@@ -199,7 +197,7 @@ class Campaign:
     async def ends(self, ledger: Ledger, workflow_id: str, run: Coroutine[Any, Any, str]) -> None:
         try:
             outcome: object = await run
-        except Exception as error:  # noqa: BLE001 - the test judges it
+        except Exception as error:
             outcome = error
         ledger.write(workflow_id, "outcome", told(outcome))
 

@@ -40,7 +40,7 @@ def campaign(mode, amount):
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
             worker = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-            )  # noqa: S603
+            )
             stack.callback(worker.kill)
             workers.append(stack.enter_context(worker))
         for worker in workers:

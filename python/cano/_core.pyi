@@ -1665,7 +1665,6 @@ class Table:
             type[Any],
         ],
         compensation_timeout: float | None,
-        data: type[Any] | None = None,
         /,
     ) -> Table: ...
     @property

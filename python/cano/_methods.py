@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 
 from . import _core
 from ._errors import ConfigurationError, InvalidTransitionError
-from ._tasks import Form, Reading, innermost, read
+from ._tasks import Form, Reading, innermost, read, run_data
 
 OWN = "own"
 """The kind of a source that the model itself fills in."""
 
-# Remembered per function, by the method's name, without keeping the function alive.
-_readings: WeakKeyDictionary[Callable[..., Any], dict[str, Reading]] = WeakKeyDictionary()
+# Remembered per function, by the method's name and the class of run data, without keeping the function alive.
+_readings: WeakKeyDictionary[Callable[..., Any], dict[tuple[str, object], Reading]] = WeakKeyDictionary()
 
 
 class Method(NamedTuple):
@@ -37,9 +37,10 @@ class Method(NamedTuple):
         if not (isinstance(call, types.MethodType) and isinstance(call.__func__, types.FunctionType)):
             return cls(call, _read(call, f"{task_name}.{name}", form))
         known = _readings.setdefault(call.__func__, {})
-        if name not in known:
-            known[name] = _read(call, f"{task_name}.{name}", form)
-        return cls(call, known[name])
+        key = (name, run_data.get())
+        if key not in known:
+            known[key] = _read(call, f"{task_name}.{name}", form)
+        return cls(call, known[key])
 
     def bind(self, filled: Iterator[Any], own: object = None) -> Callable[..., Any]:
         """The method with its share of what the driver filled in, to be called with what it is given."""

@@ -17,9 +17,10 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_args, get_origin
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from . import _core
 from ._config import TaskConfig
@@ -152,6 +153,8 @@ _Plans = WeakKeyDictionary[Callable[..., Any], _core.Plan]
 # Remembered per function, without keeping it alive; bound to an object it has a parameter less.
 _function_plans: _Plans = WeakKeyDictionary()
 _method_plans: _Plans = WeakKeyDictionary()
+# The same for workflows with run data, by its class.
+_plans_with_data: WeakKeyDictionary[type[Any], tuple[_Plans, _Plans]] = WeakKeyDictionary()
 
 
 def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core.Plan:
@@ -159,7 +162,10 @@ def _plan(call: Callable[..., Any], name: str, *, makes_branches: bool) -> _core
     if makes_branches:
         return _read(call, name)
     plans: MutableMapping[Callable[..., Any], _core.Plan]
-    plans, function = (_method_plans, call.__func__) if isinstance(call, types.MethodType) else (_function_plans, call)
+    for_functions, for_methods = _function_plans, _method_plans
+    if (data := run_data.get()) is not None:
+        for_functions, for_methods = _plans_with_data.setdefault(data, (WeakKeyDictionary(), WeakKeyDictionary()))
+    plans, function = (for_methods, call.__func__) if isinstance(call, types.MethodType) else (for_functions, call)
     try:
         known = plans.get(function)
     except TypeError:  # not hashable, or no weak references
@@ -279,8 +285,8 @@ def _source(parameter: inspect.Parameter, inner: Any, name: str, form: Form, *, 
 
 _UNRESOLVED: Any = object()
 
-data_classes: WeakSet[type[Any]] = WeakSet()
-"""The classes of run data, of all workflows; whether a task asks for its own workflow's is checked with the workflow."""
+run_data: ContextVar[type[Any] | None] = ContextVar("run_data", default=None)
+"""The class of run data of the workflow for which a task is being prepared."""
 
 
 def _known(annotation: Any, form: Form) -> _Source | None:  # noqa: PLR0911 - a table of annotations
@@ -296,7 +302,7 @@ def _known(annotation: Any, form: Form) -> _Source | None:  # noqa: PLR0911 - a 
         return ("resource", key, type_)
     if isinstance(annotation, type) and issubclass(annotation, Resources):
         return ("resources", None, None)
-    if isinstance(annotation, type) and annotation in data_classes:
+    if annotation is not None and annotation is run_data.get():
         return ("data", annotation, None)
     asked = ((RunContext, "context"), (SplitResult, "joined"), (SplitResult | None, "joined or none"))
     for wanted, kind in (*asked, *form.own):

@@ -30,10 +30,11 @@ from ._models import Done, More
 from ._on_error import Keys, OnError, keys_of
 from ._resources import Resources
 from ._shims import prepare, prepare_branches, prepare_compensatable, prepare_router, prepare_stepped, prepare_stream
-from ._tasks import SingleResult, SplitRequest, data_classes, prepare_factory, states_of
+from ._tasks import SingleResult, SplitRequest, prepare_factory, run_data, states_of
 
 S = TypeVar("S", bound=Hashable)
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _ID_LIMIT = 256
 
@@ -155,7 +156,7 @@ class Workflow(Generic[S]):
         """
         if join is not None and not isinstance(join, JoinConfig):
             raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
-        work = prepare(task, config)
+        work = self._prepared(prepare, task, config)
         if join is not None and work.model is not None:
             raise ConfigurationError(f"task {work.name} is a {work.model}, which cannot split: it takes no join")
         return self._add(state, work, join, on_error)
@@ -178,7 +179,7 @@ class Workflow(Generic[S]):
         Raises:
             ConfigurationError: The state already has a task, `task` is no router, or the workflow is frozen.
         """
-        return self._add(state, prepare_router(task, config), None, on_error)
+        return self._add(state, self._prepared(prepare_router, task, config), None, on_error)
 
     def register_stepped(
         self, state: S, task: object, *, config: TaskConfig | None = None, on_error: OnError[S] | None = None
@@ -198,7 +199,7 @@ class Workflow(Generic[S]):
         Raises:
             ConfigurationError: The state already has a task, `task` is no stepped task, or the workflow is frozen.
         """
-        return self._add(state, prepare_stepped(task, config), None, on_error)
+        return self._add(state, self._prepared(prepare_stepped, task, config), None, on_error)
 
     def register_stream(
         self, state: S, task: object, *, config: TaskConfig | None = None, on_error: OnError[S] | None = None
@@ -219,7 +220,7 @@ class Workflow(Generic[S]):
             ConfigurationError: The state already has a task, `task` is no stream, `config` sets what a stream has no use
                 for, or the workflow is frozen.
         """
-        return self._add(state, prepare_stream(task, config), None, on_error)
+        return self._add(state, self._prepared(prepare_stream, task, config), None, on_error)
 
     def register_with_compensation(
         self,
@@ -251,7 +252,8 @@ class Workflow(Generic[S]):
         """
         if not isinstance(register_before, bool):
             raise ConfigurationError(f"register_before must be a bool, got {show(register_before)}")
-        return self._add(state, prepare_compensatable(task, config, register_before=register_before), None, on_error)
+        work = self._prepared(partial(prepare_compensatable, register_before=register_before), task, config)
+        return self._add(state, work, None, on_error)
 
     def register_split(
         self,
@@ -281,8 +283,8 @@ class Workflow(Generic[S]):
         if not isinstance(join, JoinConfig):
             raise ConfigurationError(f"join of state {label(state)} must be a JoinConfig, got {show(join)}")
         if isinstance(tasks, Iterable) or not callable(tasks):
-            return self._add(state, prepare_branches(tasks), join, on_error)
-        return self._add(state, prepare_factory(tasks), join, on_error)
+            return self._add(state, self._prepared(prepare_branches, tasks), join, on_error)
+        return self._add(state, self._prepared(prepare_factory, tasks), join, on_error)
 
     def task(
         self,
@@ -319,6 +321,9 @@ class Workflow(Generic[S]):
         for state in states_of(states):
             self.add_exit_state(state)
         return self
+
+    def _prepared(self, prepare: Callable[..., T], *given: Any) -> T:
+        return prepare(*given) if self._data is None else _prepared_for(self._data, prepare, *given)
 
     def _add(self, state: S, work: _Work, join: JoinConfig[S] | None, on_error: OnError[S] | None) -> Self:
         if self._table is not None:
@@ -406,7 +411,6 @@ class Workflow(Generic[S]):
             raise ConfigurationError(f"data must be a class, got {show(data)}")
         if self._data not in (None, data):
             raise ConfigurationError(f"workflow {self._name} has run data of type {show(self._data)} already")
-        data_classes.add(data)
         self._data = data
         return self
 
@@ -545,7 +549,10 @@ class Workflow(Generic[S]):
                 for state, (work, join, keys) in self._states.items()
             ]
             entries += [(state, _label(state), None, None, ()) for state in exits if state not in self._states]
-            self._table = _core.Table(f"workflow {self._name}", entries, _SHIMS, self._compensation_timeout, self._data)
+            shims = _SHIMS
+            if self._data is not None:
+                shims = (partial(_prepared_for, self._data, prepare_branches), *_SHIMS[1:])
+            self._table = _core.Table(f"workflow {self._name}", entries, shims, self._compensation_timeout)
         return self._table
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -756,6 +763,15 @@ class Workflow(Generic[S]):
                 self._recovery_limit,
             )
         return self._known
+
+
+def _prepared_for(data: type[Any], prepare: Callable[..., T], *given: Any) -> T:
+    """What the driver runs, of tasks that may ask for run data of this class."""
+    token = run_data.set(data)
+    try:
+        return prepare(*given)
+    finally:
+        run_data.reset(token)
 
 
 # asyncio itself keeps only weak references to tasks.

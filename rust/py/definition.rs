@@ -338,14 +338,6 @@ impl Plan {
         self.sources.iter().any(|source| matches!(source, Source::Context | Source::Run))
     }
 
-    /// The classes of run data that parameters ask for.
-    pub(super) fn data(&self) -> impl Iterator<Item = &Py<PyType>> {
-        self.sources.iter().filter_map(|source| match source {
-            Source::Data(class) => Some(class),
-            _ => None,
-        })
-    }
-
     /// Whether a parameter asks for what led into the state, be it there or not.
     pub(super) fn wants_handed(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Source::Joined { .. } | Source::Caught { .. }))

@@ -340,33 +340,6 @@ impl Checked<'_> {
     }
 }
 
-/// Tasks that ask for run data which the runs of the workflow do not have.
-fn other_data(py: Python<'_>, states: &[Option<State>], data: Option<&Bound<'_, PyType>>) -> PyResult<Vec<String>> {
-    let mut problems = Vec::new();
-    let known = data.map_or(Ok("none".to_owned()), |data| data.name().map(|name| name.to_string()))?;
-    for State { label, kind, .. } in states.iter().flatten() {
-        let tasks: Vec<Py<TaskSpec>> = match kind {
-            Kind::Exit => Vec::new(),
-            Kind::Task { task, .. } | Kind::Factory { task, .. } => vec![task.clone_ref(py)],
-            Kind::Split { branches, .. } => {
-                let tasks = branches.bind(py).iter().map(|branch| Ok(branch.cast_into::<TaskSpec>()?.unbind()));
-                tasks.collect::<PyResult<_>>()?
-            }
-        };
-        for task in &tasks {
-            let task = task.get();
-            let is_other = |class: &&Py<PyType>| data.is_none_or(|data| !data.is(class.bind(py)));
-            if let Some(class) = task.plan_ref().data().find(is_other) {
-                let (name, class) = (task.name.bind(py).to_cow()?, class.bind(py).name()?);
-                problems.push(format!(
-                    "task {name} of state {label} takes {class} as run data; the run data of the workflow is {known}"
-                ));
-            }
-        }
-    }
-    Ok(problems)
-}
-
 impl Checked<'_> {
     /// Compensatable tasks that could not be told apart, and those that a branch of a split would run.
     fn not_undone(&self, py: Python<'_>, states: &[Option<State>]) -> PyResult<Vec<String>> {
@@ -427,14 +400,13 @@ impl Table {
     /// `entries`: (state, label, task | tuple of tasks | Factory | None, join config | None, keys of `on_error`), registered
     /// states first.
     #[new]
-    #[pyo3(signature = (subject, entries, shims, compensation_timeout, data=None, /))]
+    #[pyo3(signature = (subject, entries, shims, compensation_timeout, /))]
     fn new(
         py: Python<'_>,
         subject: &str,
         entries: Vec<Entry<'_>>,
         shims: Shims,
         compensation_timeout: Option<f64>,
-        data: Option<&Bound<'_, PyType>>,
     ) -> PyResult<Self> {
         let keys: Vec<Py<PyAny>> = entries.iter().map(|entry| entry.0.clone().unbind()).collect();
         let index = Index::new(py, &keys)?;
@@ -450,7 +422,6 @@ impl Table {
             graph::problems(&nodes, None).into_iter().map(|problem| problem.to_string()).collect();
         problems.append(&mut checked.problems);
         problems.extend(checked.handed_nothing(py, &states));
-        problems.extend(other_data(py, &states, data)?);
         problems.extend(checked.not_undone(py, &states)?);
         if !problems.is_empty() {
             return Err(configuration(py, subject, problems));
