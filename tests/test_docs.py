@@ -39,6 +39,7 @@ class Page:
     path: Path
     blocks: list[tuple[int, str]] = field(default_factory=list)
     done: int = 0
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         text = self.path.read_text(encoding="utf-8")
@@ -68,8 +69,12 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("page", "index"), BLOCKS)
-def test_block_of_a_page_runs(page: Page, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python block of the documentation runs as it stands, after the blocks above it."""
+def test_block_of_a_page_runs(
+    page: Page, index: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A Python block of the documentation runs as it stands, after the blocks above it, in a folder of the page's own."""
+    page.folder = page.folder or tmp_path_factory.mktemp(page.path.stem)
+    monkeypatch.chdir(page.folder)
     monkeypatch.setitem(sys.modules, "__main__", page.module)
     monkeypatch.setattr(asyncio.events, "new_event_loop", VirtualClockLoop)
     monkeypatch.setattr(sys, "argv", [str(page.path)])

@@ -28,6 +28,7 @@ from cano import (
     NeedsAttentionError,
     OutputNotSerializableError,
     OutputUnreadableError,
+    Pending,
     PollTask,
     Ready,
     Resource,
@@ -169,7 +170,7 @@ async def failed(workflow, initial=S.START, **options):
 
 async def test_rows_of_a_run(store):
     """Each state that is entered is a row, written before its task begins, under dense numbers."""
-    # CK-001, CK-002, CK-007, CK-011
+    # CK-001, CK-002, CK-007, CK-011, FSM-004
     seen = []
 
     async def looks():
@@ -191,7 +192,7 @@ async def test_rows_of_a_run(store):
 
 async def test_run_that_ends_well_leaves_nothing(store):
     """The rows are cleared; their last was that of the exit state."""
-    # CK-001, CK-003
+    # CK-001, CK-003, FSM-005
     steps = Steps()
     kept = []
     clear = store.clear
@@ -559,7 +560,7 @@ async def test_set_up_that_fails_in_a_fresh_run(store):
 
 async def test_other_version(store):
     """A run of another version is refused, both named; nothing runs, and the log stays."""
-    # RS-008, RS-027
+    # RS-008, RS-027, ER-009
     steps = Steps({"work": 1})
     await failed(steps.workflow(store).with_workflow_version(1))
     rows = await rows_of(store)
@@ -638,18 +639,7 @@ async def test_migration(store):
 
 
 def renamed(row, state):
-    return CheckpointRow(
-        row.sequence,
-        row.kind,
-        state,
-        task_id=row.task_id,
-        visit=row.visit,
-        attempt=row.attempt,
-        workflow_version=row.workflow_version,
-        fingerprint=row.fingerprint,
-        run_id=row.run_id,
-        recorded_at=row.recorded_at,
-    )
+    return row.replace(state=state)
 
 
 async def test_state_that_the_workflow_does_not_have(store):
@@ -974,6 +964,33 @@ async def test_state_that_takes_a_split_result(store):
     assert keys[:3] == keys[3:]
 
 
+async def test_state_that_takes_a_split_result_and_never_ends(store):
+    """However often it is done again, with its split, its visit and key are the first ones; and the recovery limit counts."""
+    # G16
+    keys = []
+
+    def fails(result: SplitResult, ctx: RunContext):
+        keys.append((ctx.visit, ctx.idempotency_key))
+        raise Boom("sum")
+
+    workflow = (
+        Workflow[S]()
+        .register_split(S.START, [lambda: 1], JoinConfig(JoinStrategy.All, S.WORK))
+        .register(S.WORK, fails)
+        .add_exit_state(S.DONE)
+        .with_checkpoint_store(store)
+        .with_recovery_limit(3)
+    )
+    await failed(workflow)
+    for _ in range(2):
+        with pytest.raises(Boom):
+            await workflow.resume_from("1")
+    with pytest.raises(NeedsAttentionError, match="START was begun 3 times"):
+        await workflow.resume_from("1")
+    assert len(keys) == 3
+    assert len(set(keys)) == 1
+
+
 async def test_state_that_takes_an_error(store):
     """The state that failed is entered again."""
     calls = []
@@ -1292,14 +1309,36 @@ async def test_recover_all(shared, caplog):
         await shared.release(name, fence)
     fence = await shared.start_run("4", workflow="invoices", version=0)
     await shared.release("4", fence)
+    await shared.start_run("5", workflow="orders", version=0)
+    await shared.release("5", fence + 1)
 
     outcomes = await recover_all(workflow, shared)
     assert set(outcomes) == {"2", "3"}
     assert sorted(map(str, outcomes.values())) == ["S.DONE", "work"]
+    assert not caplog.records
     left = {run.id: run.status for run in await shared.list_runs()}
     assert left.pop("4") is RunStatus.Running
     assert len(left) == 2
     assert set(left.values()) == {RunStatus.Stopped}
+
+
+async def test_recover_all_clears_what_is_over(shared):
+    """A run whose process was killed between its last row and the clearing is told of and cleared: its id is free again."""
+    # B42
+    steps = Steps()
+    assert await steps.workflow(Faulty(shared, "clear", 1)).orchestrate(S.START, workflow_id="1") is S.DONE
+    saga = Workflow[str](name="saga").register_with_compensation("start", Undoable(steps.calls, "start", "work"))
+    saga.register("work", noting(steps.calls, "work", None)).add_exit_state("end")
+    with pytest.raises(Boom):
+        await saga.copy().with_checkpoint_store(Faulty(shared, "clear", 1)).orchestrate("start", workflow_id="2")
+    assert {run.status for run in await shared.list_runs()} == {RunStatus.Finished, RunStatus.RolledBack}
+    steps.calls.clear()
+
+    assert await recover_all(steps.workflow(shared), shared) == {"1": S.DONE}
+    outcomes = await recover_all(saga.with_checkpoint_store(shared), shared)
+    assert isinstance(outcomes["2"], RunConflictError)
+    assert not steps.calls
+    assert await shared.list_runs() == []
 
 
 # --- cancel ----------------------------------------------------------------------------------------------------------
@@ -1485,3 +1524,83 @@ class Stepping(SteppedTask[str]):
     async def step(self, cursor: int | None):
         self.ledger.append(f"{self.state}.{cursor or 0}")
         return Done(self.leads_to) if cursor == 2 else More((cursor or 0) + 1)
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+async def test_many_workflows_on_one_file(tmp_path):
+    """Twelve workflows at once: each task runs once, and each log is cleared."""
+    # RS-026
+    async with SqliteCheckpointStore(tmp_path / "runs.db") as store:
+        all_steps = [Steps() for _ in range(12)]
+        runs = [
+            steps.workflow(store, f"w{number}").orchestrate(S.START, workflow_id=f"run-{number}")
+            for number, steps in enumerate(all_steps)
+        ]
+        assert await asyncio.gather(*runs) == [S.DONE] * 12
+        assert [steps.calls for steps in all_steps] == [["start", "work", "rest"]] * 12
+        assert await store.list_runs() == []
+
+
+async def test_pipeline_that_crashes_in_its_stream(store):
+    """Poll task and batch before it are not run again, and the stream goes on at its cursor."""
+    # RS-028
+    calls = {"poll": 0, "load": 0}
+
+    class Wait(PollTask[str]):
+        def poll(self):
+            calls["poll"] += 1
+            return Ready("crunch") if calls["poll"] == 3 else Pending(0)
+
+    class Crunch(BatchTask[str]):
+        def load(self):
+            calls["load"] += 1
+            return range(3)
+
+        def process_item(self, item):
+            return item
+
+        def finish(self, outcomes):
+            return "read"
+
+    numbers = Numbers(fails_at=4)
+    workflow = (
+        Workflow[str]()
+        .register("wait", Wait())
+        .register("crunch", Crunch())
+        .register_stream("read", numbers)
+        .add_exit_states(["last", "stopped"])
+        .with_checkpoint_store(store)
+    )
+    await failed(workflow, "wait")
+    assert await workflow.resume_from("1") == "last"
+
+    assert calls == {"poll": 3, "load": 1}
+    assert numbers.opened == [None, 2]
+
+
+async def test_saga_whose_second_step_fails(store):
+    """The first is undone, the balance is nothing, and the log is empty."""
+    # RS-032, SG-012
+    balance = []
+
+    class Charge(CompensatableTask[S, int]):
+        def run(self) -> tuple[S, int]:
+            balance.append(42)
+            return S.WORK, 42
+
+        def compensate(self, output: int) -> None:
+            balance.append(-output)
+
+    workflow = (
+        Workflow[S]()
+        .register_with_compensation(S.START, Charge())
+        .register(S.WORK, Steps({"work": 1}).task("work", S.DONE))
+        .add_exit_state(S.DONE)
+        .with_checkpoint_store(store)
+    )
+    await failed(workflow)
+
+    assert balance == [42, -42]
+    assert await rows_of(store) == []

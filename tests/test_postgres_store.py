@@ -688,6 +688,7 @@ def signal_all(started):
 @pytest.mark.parametrize("command", ["claim", "start"])
 async def test_of_processes_that_want_one_run_one_gets_it(server, schema, command):
     """Of several processes that claim one run at once, or start it in a schema that is not there yet, one wins."""
+    # RS-031
     if command == "claim":
         async with PostgresCheckpointStore(server.dsn, schema=schema) as store:
             await store.release("run", await begun(store, "run"))
@@ -734,6 +735,7 @@ async def test_the_runs_of_a_killed_process_are_taken_over(server, schema):
 
 async def test_the_workflows_of_a_killed_process_are_finished_by_another(server, schema):
     """Another process goes on where the killed one was: no step is left out, and only the one under way is begun again."""
+    # RS-029
     [victim] = processes("serve", server, schema, 1.0, "victim", 20)
     [heir] = processes("serve", server, schema, 1.0, "heir", 0)
     with ended([victim, heir]):

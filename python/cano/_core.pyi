@@ -826,6 +826,17 @@ class CheckpointRow:
     def output_blob(self) -> bytes | None: ...
     @property
     def snapshot(self) -> bytes | None: ...
+    def replace(self, **changes: Any) -> CheckpointRow:
+        """The row with other values for some fields, named as the constructor's arguments.
+
+        Raises:
+            ConfigurationError: A value is refused.
+
+        Example:
+            >>> CheckpointRow(0, RowKind.StateEntry, "CHARGE").replace(state="PAY").state
+            'PAY'
+        """
+
     def encode(self, workflow_id: str) -> bytes:
         """The bytes to store under the id of the run: with a format number, the length, and a checksum that covers the id.
 

@@ -137,6 +137,7 @@ class Ownership:
         rows = await settled(self.store.load_run(self.workflow_id))
         if not rows:
             await self.forget()  # it was claimed and never begun
+            self._fence.clear()
             raise RunNotFoundError(f"there is no run {show(self.workflow_id)}", self.workflow_id)
         return list(rows)
 
@@ -294,7 +295,8 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
     """Go on with all runs of a workflow that nobody goes on with, as a service does when it starts.
 
     Those are the runs whose process was killed, and those that were given up for somebody else; not those that have failed
-    or were cancelled, nor those that need attention. A run that somebody else claims first is left to them.
+    or were cancelled, nor those that need attention. A run that somebody else claims first is left to them. Of a run that is
+    over, but whose process was killed before its rows were cleared, they are cleared now.
 
     Args:
         workflow: A workflow whose name is that of the runs.
@@ -302,7 +304,8 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
         limit: How many runs are listed at most, those first that were untouched for longest.
 
     Returns:
-        By the run's id the exit state that it reached, or the error that it ended with.
+        By the run's id the exit state that it reached, or the error that it ended with: a `RunConflictError` if it was rolled
+        back already.
 
     Raises:
         ConfigurationError: `workflow` is none, `store` cannot list, or `limit` is no int of 1 or more.
@@ -320,7 +323,7 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
         raise ConfigurationError(f"workflow must be a Workflow, got {show(workflow)}")
     if not hasattr(store, "list_runs"):
         raise ConfigurationError(f"store must be one that lists its runs, got {show(store)}")
-    statuses = (RunStatus.Running, RunStatus.RollingBack)
+    statuses = (RunStatus.Running, RunStatus.RollingBack, RunStatus.Finished, RunStatus.RolledBack)
     listed = await settled(store.list_runs(status=statuses, limit=limit))
     mine = [run.id for run in listed if run.workflow == workflow.name]
     outcomes: dict[str, S | Exception] = {}
@@ -332,6 +335,8 @@ async def recover_all(workflow: Workflow[S], store: Any, *, limit: int = 1000) -
             pass  # somebody else goes on with it, or has ended it
         except Exception as error:  # noqa: BLE001 - the caller gets each run's own error
             outcomes[workflow_id] = error
+            if isinstance(error, RunConflictError) and error.status is RunStatus.RolledBack:
+                await Ownership(store, workflow_id).forget()
 
     async with asyncio.TaskGroup() as group:
         for workflow_id in mine:

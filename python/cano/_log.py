@@ -20,7 +20,7 @@ async def settled(answer: Awaitable[T]) -> T:
             try:
                 await asyncio.wait((future,))
             except asyncio.CancelledError as error:
-                error.__context__, cancelled = cancelled, error  # the newest one leaves
+                cancelled = error  # the newest one leaves; an anyio scope cancels in every turn of the loop
         if cancelled is None:
             return future.result()
         if not future.cancelled() and (failure := future.exception()) is not None:

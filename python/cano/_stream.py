@@ -193,7 +193,7 @@ class _Course:
         if verdict is not Continue and type(verdict) is not Stop:
             raise not_one_of(f"flush_window of task {self._stream.name}", verdict, "Continue or Stop(state)")
         if self._log is not None:
-            leads_to = self._run.label_of(verdict.state) if type(verdict) is Stop else None
+            leads_to = self._run.label_of(verdict.state) if isinstance(verdict, Stop) else None
             await written(self._log, self._log.cursor(cursor, leads_to))
         self._progress.cursor = cursor
         self._progress.windows += 1

@@ -59,17 +59,24 @@ impl Resumption {
     /// since then count for their numbers alone.
     pub fn of(rows: &[Row], lasts: impl Fn(&str) -> bool) -> Option<Self> {
         let next = rows.last()?.sequence + 1;
-        let found = Self::read_all(rows)?;
+        let is_step = |row: &Row| row.kind == RowKind::StateEntry && lasts(&row.state);
+        let mut valid: Vec<&Row> = Vec::with_capacity(rows.len());
+        for row in rows {
+            if is_step(row) {
+                drop_undone(&mut valid, row, is_step);
+            }
+            valid.push(row);
+        }
+        let found = Self::read_all(&valid)?;
         let Position::Again { state, .. } = &found.position else { return Some(Self { next, ..found }) };
         if lasts(state) {
             return Some(Self { next, ..found });
         }
-        let is_step = |row: &Row| row.kind == RowKind::StateEntry && lasts(&row.state);
-        let step = rows.iter().rposition(is_step).unwrap_or(0);
-        Some(Self { next, ..Self::read_all(&rows[..=step])? })
+        let step = valid.iter().rposition(|row| is_step(row)).unwrap_or(0);
+        Some(Self { next, ..Self::read_all(&valid[..=step])? })
     }
 
-    fn read_all(rows: &[Row]) -> Option<Self> {
+    fn read_all(rows: &[&Row]) -> Option<Self> {
         let last = rows.last()?;
         let mut found = Self {
             position: Position::Next { state: last.state.clone() },
@@ -79,7 +86,9 @@ impl Resumption {
             to_undo: Vec::new(),
             snapshot: None,
         };
-        rows.iter().for_each(|row| found.read(row));
+        for row in rows {
+            found.read(row);
+        }
         if let Position::Again { state, visit, .. } = &found.position {
             found.path.pop();
             found.visits.insert(state.clone(), visit - 1);
@@ -101,7 +110,7 @@ impl Resumption {
             }
             RowKind::StepCursor => {
                 if let Position::Again { cursor, .. } = &mut self.position {
-                    *cursor = row.payload.clone();
+                    cursor.clone_from(&row.payload);
                 }
                 self.lead_on(row);
             }
@@ -155,6 +164,18 @@ impl Resumption {
         if let Some(state) = &row.next_state {
             self.position = Position::Next { state: state.clone() };
         }
+    }
+}
+
+/// A step that is begun again takes back the states since then that did not last.
+fn drop_undone(valid: &mut Vec<&Row>, again: &Row, is_step: impl Fn(&Row) -> bool) {
+    let Some(step) = valid.iter().rposition(|row| is_step(row)) else { return };
+    if (&valid[step].state, valid[step].visit) != (&again.state, again.visit) {
+        return;
+    }
+    let since = valid[step + 1..].iter().position(|row| row.kind == RowKind::StateEntry);
+    if let Some(since) = since {
+        valid.truncate(step + 1 + since);
     }
 }
 

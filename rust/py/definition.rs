@@ -400,6 +400,7 @@ impl Compensation {
 impl TaskSpec {
     #[new]
     #[pyo3(signature = (call, name, plan, policy, model=None, cursor=None, compensation=None))]
+    #[allow(clippy::too_many_arguments, reason = "the fields, as a record has them")]
     fn new(
         py: Python<'_>,
         call: Py<PyAny>,

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Everything that came of one commit reaches a loop in one call. A future that is done already was cancelled: it is left
-//! alone, and what it claimed is given back. So it is where the loop is closed.
+//! alone, and what it claimed is given back. So it is where the loop is closed before it has run the delivery.
 
 use std::mem;
 use std::sync::{Mutex, PoisonError};
@@ -151,15 +151,10 @@ fn send(event_loop: &Bound<'_, PyAny>, arrived: Arrived) -> PyResult<()> {
     let py = event_loop.py();
     let delivery = Bound::new(py, Delivery { arrived: Mutex::new(arrived) })?;
     let sent = event_loop.call_method1(intern!(py, "call_soon_threadsafe"), (&delivery,));
-    if let Err(error) = sent {
-        for (mut waiter, outcome) in delivery.get().take() {
-            waiter.abandon(&outcome);
-        }
-        if !event_loop.call_method0(intern!(py, "is_closed"))?.is_truthy()? {
-            return Err(error);
-        }
+    match sent {
+        Err(error) if !event_loop.call_method0(intern!(py, "is_closed"))?.is_truthy()? => Err(error),
+        Ok(_) | Err(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// Outcomes on their way to one loop.
@@ -171,6 +166,15 @@ struct Delivery {
 impl Delivery {
     fn take(&self) -> Arrived {
         mem::take(&mut *self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Delivery {
+    /// A loop that is closed runs nothing of what it has still to run.
+    fn drop(&mut self) {
+        for (mut waiter, outcome) in self.take() {
+            waiter.abandon(&outcome);
+        }
     }
 }
 

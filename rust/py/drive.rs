@@ -310,12 +310,8 @@ impl Drive {
             Some(Input::Throw(error)) if is_cancelled || is_done && !error.is_instance_of::<CancelledError>(py) => {
                 drop(error);
             }
-            Some(Input::Throw(error)) if error.is_instance_of::<CancelledError>(py) => {
-                if let Some(earlier) = self.withheld.take() {
-                    error.value(py).setattr(intern!(py, "__context__"), earlier.into_value(py))?;
-                }
-                self.withheld = Some(error);
-            }
+            // Of several the newest leaves; an anyio scope cancels in every turn of the loop.
+            Some(Input::Throw(error)) if error.is_instance_of::<CancelledError>(py) => self.withheld = Some(error),
             Some(Input::Throw(error)) => return Err(error),
             Some(Input::Send(_)) | None => {}
         }

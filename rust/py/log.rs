@@ -389,7 +389,7 @@ impl Log {
 
 impl Log {
     pub(super) fn run_id_in_hex(&self) -> String {
-        self.run_id.iter().map(|byte| format!("{byte:02x}")).collect()
+        format!("{:032x}", u128::from_be_bytes(self.run_id))
     }
 
     /// Writes that a state is entered; the rows that follow are of this visit.

@@ -194,6 +194,19 @@ impl PyRow {
         text + ">"
     }
 
+    /// The same with other values for some fields.
+    #[pyo3(signature = (**changes))]
+    fn replace<'py>(slf: &Bound<'py, Self>, changes: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyAny>> {
+        let ((sequence, kind, state), fields) = slf.get().__getnewargs_ex__(slf.py())?;
+        fields.set_item("sequence", sequence)?;
+        fields.set_item("kind", kind)?;
+        fields.set_item("state", state)?;
+        for (name, value) in changes.into_iter().flatten() {
+            fields.set_item(name, value)?;
+        }
+        slf.get_type().call((), Some(&fields))
+    }
+
     fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<Arguments<'py, (u64, Bound<'py, PyAny>, &str)>> {
         let fields = PyDict::new(py);
         fields.set_item("task_id", self.task_id())?;

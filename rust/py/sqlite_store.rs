@@ -71,7 +71,7 @@ struct Held {
 
 impl Claims {
     fn lock(&self) -> MutexGuard<'_, Held> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn note(&self, completions: &[Completion<Ticket>]) {
@@ -163,7 +163,7 @@ impl Open {
         if self.is_inherited() {
             return Err(StoreError::Forked);
         }
-        let questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+        let questions = lock(&self.questions);
         let questions = questions.as_ref().ok_or(StoreError::Closed)?;
         questions.send((question, waiter)).map_err(|_| StoreError::Closed)
     }
@@ -173,10 +173,14 @@ impl Open {
         if self.is_inherited() {
             return;
         }
-        self.questions.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.questions).take();
         self.claims.end();
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner); // who comes second waits as well
-        for thread in threads.drain(..).filter(|thread| thread.thread().id() != thread::current().id()) {
+        // Who comes second waits as well; but not a thread of a store, in which the object may go: it may be waited for.
+        let here = thread::current();
+        let is_ours = here.name().is_some_and(|name| name.starts_with("cano-"));
+        let threads = if is_ours { self.threads.try_lock().ok() } else { Some(lock(&self.threads)) };
+        let Some(mut threads) = threads else { return };
+        for thread in threads.drain(..).filter(|thread| thread.thread().id() != here.id()) {
             thread.join().ok();
         }
         self.store.close();
@@ -447,7 +451,7 @@ fn close_at_exit(py: Python<'_>, open: &Arc<Open>) -> PyResult<()> {
         let close = wrap_pyfunction!(close_stores, py)?;
         py.import("atexit")?.call_method1("register", (close,)).map(drop)
     })?;
-    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut opened = lock(&OPENED);
     opened.retain(|open| open.strong_count() > 0);
     opened.push(Arc::downgrade(open));
     Ok(())
@@ -455,6 +459,10 @@ fn close_at_exit(py: Python<'_>, open: &Arc<Open>) -> PyResult<()> {
 
 #[pyfunction]
 fn close_stores(py: Python<'_>) {
-    let opened = mem::take(&mut *OPENED.lock().unwrap_or_else(PoisonError::into_inner));
+    let opened = mem::take(&mut *lock(&OPENED));
     py.detach(|| opened.iter().filter_map(Weak::upgrade).for_each(|open| open.close()));
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -194,6 +194,22 @@ fn test_state_that_does_not_last_sends_back_to_the_step_before() {
 }
 
 #[test]
+fn test_state_that_does_not_last_is_taken_back_each_time() {
+    // G16
+    let lasts = |state: &str| state != "JOIN";
+    let killed = Log::default().entry("A", 1).entry("B", 1).entry("JOIN", 1).entry("B", 1).entry("JOIN", 1);
+
+    let found = Resumption::of(&killed.0, lasts).expect("rows");
+    assert_eq!(found.position, again("B", 1, 3));
+    assert_eq!((found.next, found.path), (5, vec!["A".to_owned()]));
+    assert_eq!((found.visits["B"], found.visits.get("JOIN")), (0, None));
+
+    let found = Resumption::of(&killed.entry("C", 1).0, lasts).expect("rows");
+    assert_eq!(found.path, ["A", "B", "JOIN"]);
+    assert_eq!((found.visits["B"], found.visits["JOIN"]), (1, 1));
+}
+
+#[test]
 fn test_ten_thousand_rows_are_read_in_one_go() {
     // RS-023; the time is measured in benches/test_checkpoints.py
     let log = (1..=5_000).fold(Log::default(), |log, visit| log.entry("A", visit).entry("B", visit));
