@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import random
 import re
 import signal
 import subprocess
@@ -442,6 +443,36 @@ async def test_a_run_has_one_owner_until_it_ends(store, other):
     ):
         with pytest.raises(RunConflictError):
             await attempt
+
+
+async def test_of_owners_that_want_the_same_runs_each_run_has_one(store, other, server, schema):
+    """However the claims of two owners and the clears of a third meet, a run has one new owner, or is gone."""
+    ids = [f"run-{number}" for number in range(100)]
+    dice = random.Random(1)
+    won = []
+
+    async def claim(owner, workflow_id):
+        with contextlib.suppress(RunClaimedError, RunNotFoundError):
+            won.append((workflow_id, owner, await owner.claim(workflow_id)))
+
+    async def clear(owner, workflow_id):
+        with contextlib.suppress(RunClaimedError):
+            await owner.clear(workflow_id)
+            won.append((workflow_id, owner, None))
+
+    async with PostgresCheckpointStore(server.dsn, schema=schema) as third:
+        for _ in range(5):
+            await asyncio.gather(*[store.append(workflow_id, entry(0)) for workflow_id in ids])
+            attempts = [claim(owner, workflow_id) for owner in (store, other) for workflow_id in ids]
+            attempts += [clear(third, workflow_id) for workflow_id in ids[::3]]
+            dice.shuffle(attempts)
+            await asyncio.gather(*attempts)
+
+            assert sorted(workflow_id for workflow_id, _, _ in won) == sorted(ids)
+            for workflow_id, owner, fence in won:
+                if fence is not None:
+                    await owner.clear(workflow_id, fence=fence)
+            won.clear()
 
 
 async def test_a_row_that_may_not_follow_is_refused(store):

@@ -4,7 +4,7 @@ The truth of a row is its bytes (docs/design/checkpoints.md); the columns beside
 cursor is compared by when it takes the place of another. Times are the database's. Each statement does many operations at
 once and says which of them it did, by their place in the arrays; it leaves out what may not be done.
 
-Three rules keep what is written right:
+Four rules keep what is written right:
 
 - A row is added by the statement that updates its run, under the condition that the fence is still the run's. Whoever
   takes the run over changes the same tuple: one of the two waits for the other, and then sees what it did. A statement
@@ -13,6 +13,8 @@ Three rules keep what is written right:
   the last has waited. The log is written in order, so that what came before is on the disk then.
 - A claim passes over tuples that are locked and asks again later. So it never waits while it holds others, and no circle
   of waiting can form between a claim and an append of many runs.
+- A claim looks first and locks then, and what it locks must have the fence that it has seen. PostgreSQL gives it the newest
+  version of a run, but beside it the lease as it was seen first, of the owner that the run had then.
 """
 
 # ruff: noqa: S608 - nothing of a user's goes into these texts but the name of the schema, which is checked and quoted
@@ -133,11 +135,13 @@ SELECT workflow_id, fence FROM u, sync
 CLAIM = """
 WITH e AS MATERIALIZED (
     SELECT * FROM unnest($2::text[], $3::bytea[]) AS e (workflow_id, ticket)
-), found AS MATERIALIZED (
-    SELECT r.run, e.ticket
+), seen AS MATERIALIZED (
+    SELECT r.run, r.fence, e.ticket
     FROM e JOIN {schema}.runs AS r USING (workflow_id) LEFT JOIN {schema}.owners AS o ON o.owner = r.owner
-    WHERE r.status IN ('running', 'rolling back', 'stopped')
-        AND (r.owner IS NULL OR o.lease_until IS NULL OR o.lease_until <= now())
+    WHERE r.owner IS NULL OR o.lease_until IS NULL OR o.lease_until <= now()
+), found AS MATERIALIZED (
+    SELECT r.run, seen.ticket FROM seen JOIN {schema}.runs AS r ON r.run = seen.run
+    WHERE r.fence = seen.fence AND r.status IN ('running', 'rolling back', 'stopped')
     FOR UPDATE OF r SKIP LOCKED
 ), u AS (
     UPDATE {schema}.runs AS r
@@ -249,14 +253,17 @@ SELECT place FROM u, sync
 """
 
 CLEAR = """
-WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $3, true)), found AS MATERIALIZED (
-    SELECT r.run, e.place
+WITH sync AS MATERIALIZED (SELECT set_config('synchronous_commit', $3, true)), seen AS MATERIALIZED (
+    SELECT r.run, r.fence, e.place
     FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS e (workflow_id, fence, place)
         JOIN {schema}.runs AS r USING (workflow_id) LEFT JOIN {schema}.owners AS o ON o.owner = r.owner
     WHERE CASE
         WHEN e.fence IS NULL THEN r.owner IS NULL OR o.lease_until IS NULL OR o.lease_until <= now()
         ELSE r.fence = e.fence
     END
+), found AS MATERIALIZED (
+    SELECT r.run, seen.place FROM seen JOIN {schema}.runs AS r ON r.run = seen.run
+    WHERE r.fence = seen.fence
     FOR UPDATE OF r SKIP LOCKED
 ), x AS (
     DELETE FROM {schema}.rows AS x USING found WHERE x.run = found.run RETURNING x.run
