@@ -111,6 +111,8 @@ class Play:
     told: list[Any] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)
     """Where in the ledger each attempt begins."""
+    hit: list[str] = field(default_factory=list)
+    """The calls that had a fault."""
 
     async def attempt(self, faults, *, begins):
         """Begin it, or go on with it, with faults at these calls; gives the store that had them."""
@@ -125,6 +127,7 @@ class Play:
                 self.told.append(await workflow.resume_from("1"))
         except Exception as error:
             self.told.append(error)
+        self.hit += faulty.hit
         return faulty
 
     async def status(self):
@@ -149,7 +152,9 @@ class Play:
         if shape.compensatable and (shape.outcome not in self.told and not shape.undone or self.is_undone):
             shape = cut_short(shape, self.ledger)
         faults = broken(shape, self.without_repeats(), interruptions + (len(self.told) if self.name == "failing" else 0))
-        named = {shape.outcome, "OSError", "StoreFailedError", "CorruptRowError", "RunClaimedError", "RunNotFoundError"}
+        named = {shape.outcome, "OSError", "StoreFailedError", "CorruptRowError", "RunNotFoundError"}
+        if not {"start_run", "claim", "release"}.isdisjoint(self.hit):  # somebody has the claim, and nobody knows
+            named.add("RunClaimedError")
         if shape.undone:
             named |= {"TaskExecutionError", "CompensationFailedError", "RunConflictError"}
         for told in self.told:
