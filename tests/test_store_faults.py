@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import logging
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +15,11 @@ import pytest
 
 from cano import (
     CheckpointRow,
-    CompensationFailedError,
     CorruptRowError,
     InMemoryCheckpointStore,
     RunClaimedError,
-    RunConflictError,
-    RunNotFoundError,
     RunStatus,
     StoreFailedError,
-    recover_all,
     testing,
 )
 from tests.recovery_shapes import SHAPES, Boom, World, broken, cut_short
@@ -274,3 +269,22 @@ def test_nth_call_fails(name, fault, stop, caplog):
         if run.is_undone:
             expected += [RunStatus.RolledBack, RunStatus.NeedsAttention]
         assert left in expected, (number, run.told, run.ledger)
+        if fault == "slow" and not before and name != "failing":
+            assert len(run.told) == 1, run.told
+
+
+@pytest.mark.skipif("CANO_DEEP" not in os.environ, reason="minutes; CANO_DEEP=1 plays it")
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["chain", "split", "saga", "cursors"])
+def test_two_calls_fail(name, caplog):
+    """So it is if a call of the resume fails as well, for all pairs of calls and of faults."""
+    # R5
+    caplog.set_level(logging.CRITICAL, "cano")
+    for first, fault in itertools.product(range(1, calls_of(name, {}) + 1), FAULTS.values()):
+        for second, other in itertools.product(itertools.count(1), FAULTS.values()):
+            run = testing.run(play(name, {first: fault}, {second: other}))
+            if run is not None:
+                wrong = run.wrong(2)
+                assert not wrong, (first, fault, second, other, wrong, run.told, run.ledger)
+            elif second > calls_of(name, {}):
+                break
