@@ -1,7 +1,7 @@
 """Durable runs in processes that are killed; `test_recovery_kills` starts it and judges what it prints.
 
-MODE SEED KILLS FOLDER. Each round begins a few runs in one process, kills it, and goes on in others, which are killed as
-well, until the last one may end; the rounds go on until so many processes were killed. It prints a line of JSON per round:
+MODE SEED AMOUNT FOLDER. Each round begins a few runs in one process, kills it, and goes on in others, which are killed as
+well, until the last one may end; the rounds go on until so many processes were killed, or so many races run. It prints a line of JSON per round:
 the ledger, which outlives all of its processes, and how often they were killed.
 
 once        the first process is killed, at any moment of its life, the second one ends
@@ -37,7 +37,7 @@ from cano import (
 from tests.recovery_shapes import SHAPES, World
 
 MAIN = ("chain", "loop", "split", "saga", "cursors")
-RUNS = {"once": MAIN, "chain": MAIN, "rollback": ("saga", "saga", "intent")}
+RUNS = {"once": MAIN, "chain": MAIN, "rollback": ("saga", "saga", "intent"), "race": ("chain", "saga", "failing")}
 KILLS = {"once": (1, 1), "chain": (2, 5), "rollback": (1, 3)}
 
 
@@ -158,6 +158,77 @@ class Campaign:
         ledger.close()
         return kills, lines, runs
 
+    def race(self, number: int) -> tuple[int, list[Any], dict[str, str]]:
+        """Several processes go on with the run of one that was killed; some of them are killed too."""
+        dice, workflow_id, name = self.dice, f"{number}", self.dice.choice(("chain", "saga", "failing"))
+        ledger = Ledger(self.folder / f"{number}.ledger")
+        steps = sum(map(len, SHAPES[name].groups)) + len(SHAPES[name].undone)
+        assert self.fork(self.leave_behind(ledger, workflow_id, name, dice.randint(1, steps))).ended()
+        gate, opens = os.pipe()
+        racers = [self.fork(self.take_part(ledger, workflow_id, name, gate)) for _ in range(dice.randint(2, 8))]
+        for racer in racers:
+            racer.await_sign()
+        os.write(opens, b"!" * len(racers))
+        kills = 1
+        dice.shuffle(racers)
+        doomed = dice.randint(0, len(racers) // 2)
+        for place, racer in enumerate(racers):
+            if place < doomed:
+                time.sleep(dice.uniform(0, 0.01))
+            if racer.ended(killed=place < doomed):
+                kills += 1
+                ledger.write(workflow_id, "killed", racer.pid)
+        os.close(gate)
+        os.close(opens)
+        assert not self.fork(self.have_ended(ledger, workflow_id, name)).ended()
+        lines = ledger.lines()
+        ledger.close()
+        return kills, lines, {workflow_id: name}
+
+    async def leave_behind(self, ledger: Ledger, workflow_id: str, name: str, place: int) -> None:
+        """Be killed within a step."""
+        left = place
+
+        def note(workflow_id: str, effect: str, key: str) -> None:
+            nonlocal left
+            ledger.write(workflow_id, effect, key)
+            left -= 1
+            if not left:
+                ledger.write(workflow_id, "killed", os.getpid())
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        store = SqliteCheckpointStore(self.file)
+        await SHAPES[name].workflow(World(note), name, store).orchestrate("start", workflow_id=workflow_id)
+
+    async def take_part(self, ledger: Ledger, workflow_id: str, name: str, gate: int) -> None:
+        """Try to go on with the run, until it is over or time is."""
+        async with SqliteCheckpointStore(self.file) as store:
+            workflow = self.workflow(ledger, name, store)
+            os.write(_sign, b"!")
+            os.read(gate, 1)
+            await asyncio.sleep(random.choice((0, 0, 0.001, 0.003)))
+            for _ in range(10):
+                try:
+                    outcome = await workflow.resume_from(workflow_id)
+                except (RunClaimedError, RunNotFoundError) as error:
+                    ledger.write(workflow_id, "lost", told(error))
+                    await asyncio.sleep(0.002)
+                except Exception as error:  # noqa: BLE001 - the test judges it
+                    ledger.write(workflow_id, "outcome", told(error))
+                    break
+                else:
+                    ledger.write(workflow_id, "outcome", told(outcome))
+                    break
+
+    async def have_ended(self, ledger: Ledger, workflow_id: str, name: str) -> None:
+        """Bring the run to its end, and tell which rows are left then."""
+        async with SqliteCheckpointStore(self.file) as store:
+            workflow = self.workflow(ledger, name, store)
+            await self.ends(ledger, workflow_id, workflow.resume_from(workflow_id))
+            rows = sorted(await store.load_run(workflow_id), key=lambda row: row.sequence)
+            ledger.write("", "left", [[row.sequence, row.kind.name, row.state] for row in rows])
+            await workflow.discard(workflow_id)
+
     async def work(self, ledger: Ledger, runs: dict[str, str], *, is_last: bool = False) -> None:
         """As a service does when it starts: go on with what there is, and begin what was never begun."""
         begun = {workflow_id for _, workflow_id, *_ in ledger.lines()}
@@ -206,16 +277,16 @@ def told(outcome: object) -> str:
     return type(outcome).__name__ if isinstance(outcome, Exception) else str(outcome)
 
 
-def main(mode: str, seed: str, kills: str, folder: str) -> None:
+def main(mode: str, seed: str, amount: str, folder: str) -> None:
     campaign = Campaign(mode, seed, Path(folder))
     campaign.measure()
     gc.collect()
     gc.freeze()
     done = number = 0
-    while done < int(kills):
+    while done < int(amount):
         number += 1
-        more, lines, runs = campaign.round(number)
-        done += more
+        more, lines, runs = campaign.race(number) if mode == "race" else campaign.round(number)
+        done += 1 if mode == "race" else more
         print(json.dumps({"number": number, "kills": more, "lines": lines, "runs": runs}))  # noqa: T201 - the test reads it
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cano import (
@@ -155,6 +155,8 @@ class Shape:
     outcome: str = "done"
     """The exit state, or the name of the error."""
     data: Callable[[], Any] = lambda: None
+    compensatable: Sequence[str] = ()
+    """What is undone if the run ends early."""
 
     def workflow(self, world: World, name: str, store: Any) -> Workflow[str]:
         made = self.make(world, Workflow[str](name=name))
@@ -167,11 +169,7 @@ def _chain(world: World, new: Workflow[str]) -> Workflow[str]:
         return "c"
 
     new.register("start", world.task("a", "b")).register("b", plain)
-    return (
-        new.register("c", world.task("c", "d"))
-        .register("d", world.task("d", "e"))
-        .register("e", world.task("e", "done"))
-    )
+    return new.register("c", world.task("c", "d")).register("d", world.task("d", "e")).register("e", world.task("e", "done"))
 
 
 def _loop(world: World, new: Workflow[str]) -> Workflow[str]:
@@ -262,6 +260,7 @@ SHAPES = {
         [["reserve1"], ["charge1"], ["charge2"], ["tell"], ["book1"], ["ship"]],
         ["-book1", "-charge2", "-charge1", "-reserve1"],
         "Boom",
+        compensatable=("reserve1", "charge1", "charge2", "book1"),
     ),
     "cursors": Shape(
         _cursors,
@@ -275,8 +274,14 @@ SHAPES = {
             ["last"],
         ],
     ),
-    "kept saga": Shape(_kept_saga, [["reserve1"], ["charge1"], ["charge2"]]),
-    "intent": Shape(_intent, [["reserve1"], ["charge1"]], ["-charge1", "-reserve1"], "Boom"),
+    "kept saga": Shape(_kept_saga, [["reserve1"], ["charge1"], ["charge2"]], compensatable=("reserve1", "charge1", "charge2")),
+    "intent": Shape(
+        _intent,
+        [["reserve1"], ["charge1"]],
+        ["-charge1", "-reserve1"],
+        "Boom",
+        compensatable=("reserve1", "charge1"),
+    ),
     "failing": Shape(_failing, [["a"], ["b"]], (), "Boom"),
     "router": Shape(_router, [["a", "route"], ["b"]]),
     "caught": Shape(_caught, [["charge", "ask"], ["last"]]),
@@ -289,14 +294,10 @@ Entry = tuple[str, str]
 """An effect, and the key that a service would have been given."""
 
 
-def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int, *, is_over: bool = True) -> list[str]:
-    """The rules that the ledger of one run does not keep, after it was interrupted so often."""
+def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int) -> list[str]:
+    """The rules that the ledger of one run, which is over, does not keep after it was interrupted so often."""
     effects = [effect for effect, _ in ledger]
-    rank = {
-        effect: number
-        for number, group in enumerate([*shape.groups, *[[step] for step in shape.undone]])
-        for effect in group
-    }
+    rank = {effect: number for number, group in enumerate([*shape.groups, *([step] for step in shape.undone)]) for effect in group}
     if unknown := [effect for effect in effects if effect not in rank]:
         return [f"not of this workflow: {unknown}"]
     ranks = [rank[effect] for effect in effects]
@@ -305,10 +306,16 @@ def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int, *, is_over
         wrong.append("done or undone again after it was acknowledged, or gone forward after a roll-back began")
     if often := [effect for effect, times in Counter(effects).items() if times > 1 + interruptions]:
         wrong.append(f"more often than it was interrupted: {often}")
-    if missing := [
-        effect for effect in rank if effect not in effects and (is_over or rank[effect] < max(ranks, default=0))
-    ]:
+    if missing := [effect for effect in rank if effect not in effects]:
         wrong.append(f"forgotten: {missing}")
     if changing := [effect for effect in rank if len({key for of, key in ledger if of == effect}) > 1]:
         wrong.append(f"with several keys: {changing}")
     return wrong
+
+
+def cut_short(shape: Shape, ledger: Sequence[Entry]) -> Shape:
+    """The shape of a run that ended after what it has done so far: that is undone, newest first."""
+    done = {effect for effect, _ in ledger}
+    groups = [group for group in shape.groups if not done.isdisjoint(group)]
+    undone = [f"-{effect}" for group in reversed(groups) for effect in group if effect in shape.compensatable]
+    return replace(shape, groups=groups, undone=undone)

@@ -1,6 +1,7 @@
 """Every example runs, and what it prints or answers is checked."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import uvicorn
 
 from cano import WorkflowCancelledError, testing
 from examples import ad_exchange, service
+from tests.postgres_server import MISSING, PostgresServer, find_programs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STRICT = ("-W", "error")  # a warning would show on stderr, which must stay empty
@@ -634,3 +636,55 @@ def test_service_as_a_script(script: str) -> None:
 
     assert answer.json() == {"count": 3, "frequent": [["two", 2], ["one", 1]], "summary": "one two two"}
     assert httpx.get(f"{script}/outcomes", trust_env=False).json() == {"running": 0, "DONE": 1}
+
+
+# --- recovery --------------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.realtime
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 7])
+def test_recovery_goes_on_after_a_kill(tmp_path: Path, steps: int) -> None:
+    """Whatever step it is killed in, the next start does what was left of that order, and nothing that was done."""
+    before = run("recovery.py", "--folder", tmp_path, "--crash-after", steps, status=-signal.SIGKILL)
+    after = run("recovery.py", "--folder", tmp_path)
+
+    lines = before.splitlines()
+    assert lines.pop() == "killed"
+    order = f"order-{1 if steps < 3 else 2 if steps < 5 else 3}"
+    ended = "<Order.DONE: 4>"
+    if order == "order-2":
+        ended = "CardRefused('no money')"
+    assert after.splitlines()[-1] == f"{order}: recovered, {ended}"
+    if order != "order-2":
+        of_order = [line for line in [*lines, *after.splitlines()] if line.startswith(order)]
+        assert of_order[:-1] == [f"{order}: {step}" for step in ("reserved", "charged", "shipped")]
+
+
+# --- order_service ---------------------------------------------------------------------------------------------------
+
+
+def test_order_service_without_a_server() -> None:
+    """It says that there is none, in a line."""
+    output = run("order_service.py", "--dsn", "postgresql://nobody@127.0.0.1:1/nothing", status=1)
+    assert output.startswith("the orders cannot be kept: ")
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.realtime
+@pytest.mark.skipif(find_programs() is None, reason=MISSING)
+def test_order_service_with_a_worker_that_is_killed() -> None:
+    """Each order is shipped, those of the killed process by another one, and no step that was written down is done again."""
+    with PostgresServer.running() as server:
+        lines = run("order_service.py", "--dsn", server.dsn).splitlines()
+
+    assert (lines[0], lines[-1]) == ("0 orders are open", "all orders are done")
+    (killed,) = [line.split()[0] for line in lines if line.endswith(" killed")]
+    said = Counter(tuple(line.split()[:2]) for line in lines if " by " in line)
+    for worker, order, step in itertools.product(range(3), range(5), ("charged", "packed", "shipped")):
+        times = said[f"order-{worker}-{order}", step]
+        assert times == 1 or (worker == 0 and times == 2), (worker, order, step)  # killed before it was written down
+    shipped_by = dict(line.split()[::3] for line in lines if " shipped by " in line)
+    taken = {line.split()[0] for line in lines if " taken over by " in line}
+    assert taken >= {f"order-0-{order}" for order in range(5) if shipped_by[f"order-0-{order}"] != killed}
+    assert taken

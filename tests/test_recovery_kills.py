@@ -58,7 +58,7 @@ def entries(round_, workflow_id):
 
 def effects(round_, workflow_id):
     told = entries(round_, workflow_id)
-    return [(word, about[0]) for _, word, *about in told if word not in ("found", "outcome")]
+    return [(word, about[0]) for _, word, *about in told if word not in ("found", "outcome", "lost", "killed")]
 
 
 def judge(rounds):
@@ -158,3 +158,44 @@ def test_killed_while_it_goes_back():
     assert show(rounds, where) >= 300 * TIMES
     assert not wrong, wrong[:3]
     assert where["going back"] > 300
+
+
+def judge_race(round_):
+    """What is wrong with a race."""
+    ((workflow_id, name),) = round_["runs"].items()
+    told = entries(round_, workflow_id)
+    shape, owners = SHAPES[name], [None]
+    given_up = {about[0] for _, word, *about in told if word == "killed"}  # by whom the run could be lost to another
+    if name == "failing":
+        given_up |= {pid for pid, word, *_ in told if word == "outcome"}
+    for pid, word, *_ in told:
+        if word == "lost" and pid in owners:
+            yield f"{pid} ran and lost"
+        elif word not in ("lost", "killed", "outcome") and pid != owners[-1]:
+            if pid in owners or not given_up.issuperset(owners[1:]):
+                yield f"{pid} did {word} while {owners[-1]} had the run"
+            owners.append(pid)
+    entered = effects(round_, workflow_id)
+    failures = sum(word == "outcome" for _, word, *_ in told) if name == "failing" else 0
+    yield from broken(shape, entered, round_["kills"] + failures)
+    (left,) = [words[0] for _, of, word, *words in round_["lines"] if (of, word) == ("", "left")]
+    if [sequence for sequence, *_ in left] != list(range(len(left))):
+        yield f"rows with gaps: {left}"
+    if name == "failing":
+        unused = sum(kind == "StateEntry" for _, kind, _ in left) - len(entered)
+        if not 0 <= unused <= round_["kills"]:
+            yield f"{len(entered)} steps, but rows {left}"
+    elif left and not (shape.undone and left[-1][1] == "Finished"):  # killed before it was cleared: to be discarded
+        yield f"left behind: {left}"
+
+
+def test_race_for_one_run():
+    """Of several processes that go on with one run one does, and the others are told so: they do and change nothing."""
+    # R4, B01, RS-031, DBOS 812
+    rounds = campaign("race", 300 * TIMES)
+    wrong = [(round_["number"], faults, round_["lines"]) for round_ in rounds if (faults := list(judge_race(round_)))]
+    words = Counter(words[0] if word == "lost" else word for round_ in rounds for _, _, word, *words in round_["lines"])
+    print(f"{len(rounds)} races: {words['RunClaimedError']} times claimed, {words['RunNotFoundError']} times over")
+    assert not wrong, wrong[:3]
+    assert words["RunClaimedError"] > 50
+    assert words["RunNotFoundError"] > 50

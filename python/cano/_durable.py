@@ -210,7 +210,7 @@ async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[
         raise
     except BaseException:
         if log.is_lost:
-            pass  # whatever there is now is somebody else's
+            await ownership.release(stopped=True)  # refused if it is somebody else's by now
         elif log.next == 0 or log.is_rolled_back:
             await ownership.forget()
         elif not log.is_over:
