@@ -146,7 +146,9 @@ class Play:
         shape = SHAPES[self.name]
         if shape.compensatable and (shape.outcome not in self.told and not shape.undone or self.is_undone):
             shape = cut_short(shape, self.ledger)
-        faults = broken(shape, self.without_repeats(), interruptions + (len(self.told) if self.name == "failing" else 0))
+        faults = broken(
+            shape, self.without_repeats(), interruptions + (len(self.told) if self.name == "failing" else 0)
+        )
         named = {shape.outcome, "OSError", "StoreFailedError", "CorruptRowError", "RunNotFoundError"}
         if not {"start_run", "claim", "release"}.isdisjoint(self.hit):  # somebody has the claim, and nobody knows
             named.add("RunClaimedError")
