@@ -610,7 +610,7 @@ def preempted():
 @pytest.mark.realtime
 @pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="a wait cannot be told from a busy machine here")
 async def test_slow_disk_never_stalls_the_loop(path):
-    """While the store waits for the disk, neither a call nor a turn of the loop takes five milliseconds."""
+    """While the store waits for the disk, of a thousand turns of the loop one may take five milliseconds, and none fifty."""
     waits = []
 
     @contextmanager
@@ -637,7 +637,9 @@ async def test_slow_disk_never_stalls_the_loop(path):
             assert not append.done()
         await append
 
-    assert max(waits) < 0.005
+    waits.sort()
+    assert waits[len(waits) * 999 // 1000] < 0.005
+    assert waits[-1] < 0.05
 
 
 @pytest.mark.realtime
