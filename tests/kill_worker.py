@@ -28,7 +28,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cano import InMemoryCheckpointStore, RunClaimedError, RunNotFoundError, SqliteCheckpointStore, Workflow, recover_all
+from cano import (
+    InMemoryCheckpointStore,
+    RunClaimedError,
+    RunNotFoundError,
+    SqliteCheckpointStore,
+    Workflow,
+    recover_all,
+)
 from tests.recovery_shapes import SHAPES, World
 
 MAIN = ("chain", "loop", "split", "saga", "cursors")

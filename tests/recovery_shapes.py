@@ -169,7 +169,11 @@ def _chain(world: World, new: Workflow[str]) -> Workflow[str]:
         return "c"
 
     new.register("start", world.task("a", "b")).register("b", plain)
-    return new.register("c", world.task("c", "d")).register("d", world.task("d", "e")).register("e", world.task("e", "done"))
+    return (
+        new.register("c", world.task("c", "d"))
+        .register("d", world.task("d", "e"))
+        .register("e", world.task("e", "done"))
+    )
 
 
 def _loop(world: World, new: Workflow[str]) -> Workflow[str]:
@@ -274,7 +278,9 @@ SHAPES = {
             ["last"],
         ],
     ),
-    "kept saga": Shape(_kept_saga, [["reserve1"], ["charge1"], ["charge2"]], compensatable=("reserve1", "charge1", "charge2")),
+    "kept saga": Shape(
+        _kept_saga, [["reserve1"], ["charge1"], ["charge2"]], compensatable=("reserve1", "charge1", "charge2")
+    ),
     "intent": Shape(
         _intent,
         [["reserve1"], ["charge1"]],
@@ -297,7 +303,11 @@ Entry = tuple[str, str]
 def broken(shape: Shape, ledger: Sequence[Entry], interruptions: int) -> list[str]:
     """The rules that the ledger of one run, which is over, does not keep after it was interrupted so often."""
     effects = [effect for effect, _ in ledger]
-    rank = {effect: number for number, group in enumerate([*shape.groups, *([step] for step in shape.undone)]) for effect in group}
+    rank = {
+        effect: number
+        for number, group in enumerate([*shape.groups, *([step] for step in shape.undone)])
+        for effect in group
+    }
     if unknown := [effect for effect in effects if effect not in rank]:
         return [f"not of this workflow: {unknown}"]
     ranks = [rank[effect] for effect in effects]

@@ -38,7 +38,9 @@ def campaign(mode, amount):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cano-kills-", dir=FOLDER))
             command = [sys.executable, "-m", "tests.kill_worker", mode, str(seed), str(amount // 2), folder]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-            worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)  # noqa: S603
+            worker = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )  # noqa: S603
             stack.callback(worker.kill)
             workers.append(stack.enter_context(worker))
         for worker in workers:
