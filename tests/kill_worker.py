@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 
 from cano import (
     InMemoryCheckpointStore,
+    RunClaimedError,
+    RunNotFoundError,
     SqliteCheckpointStore,
     Workflow,
     recover_all,
@@ -213,7 +215,7 @@ class Campaign:
                 except (RunClaimedError, RunNotFoundError) as error:
                     ledger.write(workflow_id, "lost", told(error))
                     await asyncio.sleep(0.002)
-                except Exception as error:  # noqa: BLE001 - the test judges it
+                except Exception as error:
                     ledger.write(workflow_id, "outcome", told(error))
                     break
                 else:

@@ -38,16 +38,18 @@ def campaign(mode, amount):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cano-kills-", dir=FOLDER))
             command = [sys.executable, "-m", "tests.kill_worker", mode, str(seed), str(amount // 2), folder]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-            worker = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-            )
+            output = stack.enter_context(
+                (Path(folder) / "output").open("w+")
+            )  # a pipe that nobody reads would hold it up
+            worker = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)  # noqa: S603
             stack.callback(worker.kill)
-            workers.append(stack.enter_context(worker))
-        for worker in workers:
-            output, errors = worker.communicate()
+            workers.append((stack.enter_context(worker), output))
+        for worker, output in workers:
+            _, errors = worker.communicate()
             assert worker.returncode == 0, errors
             assert not errors
-            rounds += map(json.loads, output.splitlines())
+            output.seek(0)
+            rounds += map(json.loads, output)
     return rounds
 
 
@@ -125,7 +127,7 @@ def places(round_, workflow_id):
 
 def show(rounds, where):
     kills = sum(round_["kills"] for round_ in rounds)
-    print(f"{kills} processes killed in {len(rounds)} rounds; their runs were then: {dict(where)}")
+    print(f"{kills} processes killed in {len(rounds)} rounds; their runs were: {dict(where)}")  # noqa: T201 - shown with -s
     return kills
 
 
@@ -195,7 +197,7 @@ def test_race_for_one_run():
     rounds = campaign("race", 300 * TIMES)
     wrong = [(round_["number"], faults, round_["lines"]) for round_ in rounds if (faults := list(judge_race(round_)))]
     words = Counter(words[0] if word == "lost" else word for round_ in rounds for _, _, word, *words in round_["lines"])
-    print(f"{len(rounds)} races: {words['RunClaimedError']} times claimed, {words['RunNotFoundError']} times over")
+    claimed, over = words["RunClaimedError"], words["RunNotFoundError"]
+    print(f"{len(rounds)} races: {claimed} times claimed, {over} times over")  # noqa: T201 - shown with -s
     assert not wrong, wrong[:3]
-    assert words["RunClaimedError"] > 50
-    assert words["RunNotFoundError"] > 50
+    assert min(claimed, over) > 50

@@ -1,5 +1,6 @@
 """What durable runs are made of in Python: kinds of rows, how far a run has come, and what a store must do."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -104,16 +105,16 @@ class CheckpointStore(Protocol):
     `cano.testing.checkpoint_store_suite` checks a store against all this.
     """
 
-    async def append(self, workflow_id: str, row: "CheckpointRow") -> None:
+    def append(self, workflow_id: str, row: "CheckpointRow") -> Awaitable[None]:
         """Keep a row.
 
         Raises:
             RunConflictError: The run has a row of this sequence, which stays as it is.
         """
 
-    async def load_run(self, workflow_id: str) -> "list[CheckpointRow]":
+    def load_run(self, workflow_id: str) -> "Awaitable[list[CheckpointRow]]":
         """The rows of a run in ascending order; empty if there are none."""
         ...
 
-    async def clear(self, workflow_id: str) -> None:
+    def clear(self, workflow_id: str) -> Awaitable[None]:
         """Forget all rows of a run; fine if there are none."""
