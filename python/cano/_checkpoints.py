@@ -111,6 +111,7 @@ class CheckpointStore(Protocol):
         Raises:
             RunConflictError: The run has a row of this sequence, which stays as it is.
         """
+        ...
 
     def load_run(self, workflow_id: str) -> "Awaitable[list[CheckpointRow]]":
         """The rows of a run in ascending order; empty if there are none."""
@@ -118,3 +119,4 @@ class CheckpointStore(Protocol):
 
     def clear(self, workflow_id: str) -> Awaitable[None]:
         """Forget all rows of a run; fine if there are none."""
+        ...
