@@ -1,8 +1,8 @@
 """Durable runs in processes that are killed; `test_recovery_kills` starts it and judges what it prints.
 
 MODE SEED AMOUNT FOLDER. Each round begins a few runs in one process, kills it, and goes on in others, which are killed as
-well, until the last one may end; the rounds go on until so many processes were killed, or so many races run. It prints a line of JSON per round:
-the ledger, which outlives all of its processes, and how often they were killed.
+well, until the last one may end; the rounds go on until so many processes were killed, or so many races run. It prints a
+line of JSON per round: the ledger, which outlives all of its processes, and how often they were killed.
 
 once        the first process is killed, at any moment of its life, the second one ends
 chain       so are the two to five processes before the last
