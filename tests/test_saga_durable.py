@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cano import (
+    Caught,
     CheckpointRow,
     CompensatableTask,
     CompensationFailedError,
+    ConfigurationError,
     InMemoryCheckpointStore,
     NeedsAttentionError,
     OrphanedStepError,
@@ -26,6 +28,7 @@ from cano import (
     RowKind,
     RunConflictError,
     RunContext,
+    SplitResult,
     TaskConfig,
     Workflow,
     _core,
@@ -634,3 +637,20 @@ async def test_forty_durable_runs_at_once():
 
     assert [counts[number] for number in range(40)] == [0, 0, 0, 3] * 10
     assert [type(result) for result in results[:4]] == [Boom, Boom, Boom, str]
+
+
+@pytest.mark.parametrize("asked", [SplitResult, SplitResult | None, Caught[ValueError]])
+def test_step_that_is_registered_before_takes_nothing_of_the_step_before(asked):
+    """A resume does the step before again and may not come to it any more, so its intent could not be undone."""
+
+    class Step(CompensatableTask):
+        def run(self, given):
+            raise AssertionError
+
+        def compensate(self, output):
+            raise AssertionError
+
+    Step.run.__annotations__["given"] = asked
+    Workflow().register_with_compensation("a", Step())
+    with pytest.raises(ConfigurationError, match="register_before=True rules out"):
+        Workflow().register_with_compensation("a", Step(), register_before=True)

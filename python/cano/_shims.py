@@ -211,14 +211,21 @@ _BACK = Form(("output",))
 def _undoable(task: Any, name: str, config: TaskConfig, *, register_before: bool = False) -> _core.TaskSpec:
     run, compensate = Method.of(task, name, "run", _FORWARD), Method.of(task, name, "compensate", _BACK)
     sources, keywords, _, _ = compensate.reading
-    if any(kind.startswith(("joined", "caught")) for kind, _, _ in sources):
+    if _takes_handed(compensate):
         raise ConfigurationError(f"task {name}.compensate takes what led into the state, which only run can get")
+    if register_before and _takes_handed(run):
+        # A resume does the step before again, and may not come here any more.
+        raise ConfigurationError(f"task {name}.run takes what led into the state, which register_before=True rules out")
     back = _core.Plan([("cursor", None, None), *sources], keywords, None, _is_async(compensate))
     undo = _core.TaskSpec(compensate.call, f"{name}.compensate", back, None)
     plan = _core.Plan(*run.reading[:3], _is_async(run))
     type_ = output_of(run.call, compensate.call)
     compensation = _core.Compensation(undo, type_, register_before)
     return _core.TaskSpec(run.call, name, plan, config._policy, "compensatable task", None, compensation)
+
+
+def _takes_handed(method: Method) -> bool:
+    return any(kind.startswith(("joined", "caught")) for kind, _, _ in method.reading.sources)
 
 
 def _is_async(method: Method) -> bool:

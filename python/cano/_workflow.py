@@ -242,7 +242,8 @@ class Workflow(Generic[S]):
             on_error: As for `register`. A step that leads on this way is not undone for that. A result of ``run`` that is
                 refused, such as an unknown state, is never led on from: the run ends, and the step is undone first.
             register_before: Whether the step is undone, with None for its output, also if it has begun and failed, timed out
-                or was cancelled. False does not undo it: a step that fails is taken to have done nothing.
+                or was cancelled; then ``run`` can take no SplitResult and no Caught error. False does not undo it: a step that
+                fails is taken to have done nothing.
 
         Returns:
             The workflow itself, so that calls chain.
