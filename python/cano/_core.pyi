@@ -449,9 +449,9 @@ class RunContext:
     def idempotency_key(self) -> str:
         """A text to give to services that must not act twice, 32 hexadecimal digits.
 
-        The same in every attempt of one visit; another one in each visit and each branch. A durable run has the same again after
-        a crash and a resume, and a new run under its workflow id has others. A run that is not durable has the same in every run
-        with the same workflow id, and others in each run without one.
+        The same in every attempt of one visit; another one in each visit and each branch. A durable run has the same again
+        after a crash and a resume, and a new run under its workflow id has others. Of runs that are not durable, those with the
+        same workflow id have the same, and those without one have others each.
         """
 
 @final
