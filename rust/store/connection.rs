@@ -14,6 +14,7 @@
 //! into it from another process, with the `sqlite3` tool, is always fine.
 
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use rusqlite::types::Type;
@@ -27,11 +28,28 @@ const APPLICATION: i64 = 0x6361_6e6f;
 const VERSION: i64 = 1;
 /// How long a transaction waits for those of other processes.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two tries to open a file.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Opens a file that `file::prepare` has looked at, and makes it a store if it is empty.
+///
+/// Going to WAL mode, and recovering a log that somebody else recovers, are refused at once where other transactions wait: so
+/// these are tried again for as long as those would wait.
 pub(super) fn open(file: &Path) -> Result<Connection, OpenReason> {
+    let tries = PATIENCE.as_millis() / (2 * PAUSE).as_millis();
+    for _ in 1..tries {
+        match open_once(file) {
+            #[allow(clippy::disallowed_methods, reason = "as SQLite waits for a lock; whoever opens a file is blocked")]
+            Err(OpenReason::Failed { failure: Failure::Busy, .. }) => thread::sleep(PAUSE),
+            opened => return opened,
+        }
+    }
+    open_once(file)
+}
+
+fn open_once(file: &Path) -> Result<Connection, OpenReason> {
     take_back(file)?;
-    let connection = connect(file, PATIENCE, "NORMAL")?;
+    let connection = connect(file, PAUSE, "NORMAL")?;
     if identify(&connection)? == Identity::Empty {
         use_wal(&connection)?;
         connection.execute_batch("BEGIN IMMEDIATE")?;
@@ -42,6 +60,7 @@ pub(super) fn open(file: &Path) -> Result<Connection, OpenReason> {
     }
     use_wal(&connection)?;
     check_runs(&connection)?;
+    connection.busy_timeout(PATIENCE)?;
     Ok(connection)
 }
 
