@@ -281,7 +281,10 @@ class Simulation:
             await asyncio.sleep(self.dice.expovariate(len(self.workers) / 60))
             self.strike(self.dice.choice(list(self.workers)))
         async with asyncio.timeout(20 * LEASE):
-            while not self.is_over():  # noqa: ASYNC110 - on a clock that jumps
+            while not self.is_over():
+                for task in self.workers.values():
+                    if task.done() and not task.cancelled():
+                        task.result()  # a life that ended by itself has failed
                 await asyncio.sleep(1)
         for task in self.workers.values():
             task.cancel()
@@ -320,17 +323,21 @@ class Simulation:
                 task.cancel()
                 await asyncio.wait([task])
 
+    def has_started(self, number: int, workflow_id: str) -> None:
+        with contextlib.suppress(ValueError):  # of two lives that overlap the other one may have said so
+            self.to_start[number].remove(workflow_id)
+
     async def start(self, number: int, store, workflow_id: str) -> None:
         while workflow_id in self.to_start[number]:
             await asyncio.sleep(self.dice.expovariate(1 / 15))
             try:
                 fence = await store.start_run(workflow_id, workflow="simulated", version=1)
             except (RunClaimedError, RunConflictError):  # an earlier life did, or a request that was late
-                self.to_start[number].remove(workflow_id)
+                self.has_started(number, workflow_id)
             except CheckpointError:
                 continue
             else:
-                self.to_start[number].remove(workflow_id)
+                self.has_started(number, workflow_id)
                 await self.go_on(store, workflow_id, fence, 0)
 
     async def look_for_the_dead(self, store, group: asyncio.TaskGroup) -> None:
@@ -341,9 +348,32 @@ class Simulation:
                     if run.owner != store.owner and self.dice.random() < 0.1:
                         with contextlib.suppress(RunClaimedError, RunConflictError):
                             fence = await store.claim(run.id)
-                            rows = await store.load_run(run.id)
                             self.takeovers += 1
-                            group.create_task(self.go_on(store, run.id, fence, len(rows)))
+                            group.create_task(self.take_over(store, run.id, fence))
+
+    async def take_over(self, store, workflow_id: str, fence: int) -> None:
+        while True:  # what a living worker owns nobody else takes, so it may not give up
+            with contextlib.suppress(CheckpointError):
+                rows = await store.load_run(workflow_id)
+                break
+            await asyncio.sleep(1)
+        await self.go_on(store, workflow_id, fence, len(rows))
+
+    async def append(self, store, workflow_id: str, row: CheckpointRow, fence: int) -> None:
+        """Send a row until the store says that it is there, or that the run is somebody else's."""
+        while True:
+            try:
+                await store.append(workflow_id, row, fence=fence)
+            except RunClaimedError:
+                raise
+            except RunConflictError as conflict:
+                if not conflict.is_same:
+                    raise
+                return
+            except CheckpointError:
+                await asyncio.sleep(1)
+            else:
+                return
 
     async def go_on(self, store, workflow_id: str, fence: int, sequence: int) -> None:
         try:
@@ -353,7 +383,7 @@ class Simulation:
                 row = CheckpointRow(place, RowKind.StateEntry, "STEP", snapshot=mark)
                 if place == STEPS:
                     row = CheckpointRow(place, RowKind.Finished, "DONE", snapshot=mark)
-                await store.append(workflow_id, row, fence=fence)
+                await self.append(store, workflow_id, row, fence)
                 assert (workflow_id, place) not in self.acknowledged, "two workers were told that they wrote one row"
                 self.acknowledged[workflow_id, place] = row.encode(workflow_id)
         except RunClaimedError:

@@ -20,6 +20,7 @@ from ._checkpoints import RunStatus
 from ._codec import Codec, decoded, encoded
 from ._core import CheckpointRow
 from ._errors import (
+    CheckpointError,
     ConfigurationError,
     NeedsAttentionError,
     RunClaimedError,
@@ -208,13 +209,13 @@ async def _carried_through(ownership: Ownership, log: _core.Log, body: Callable[
         state = await body()
     except GeneratorExit:  # closed from outside: nothing can be awaited any more
         raise
-    except BaseException:
+    except BaseException as error:
         if log.is_lost:
             await ownership.release(stopped=True)  # refused if it is somebody else's by now
         elif log.next == 0 or log.is_rolled_back:
             await ownership.forget()
-        elif not log.is_over:
-            await ownership.release(stopped=True)
+        elif not log.is_over:  # what failed for the store's sake is anybody's to go on with
+            await ownership.release(stopped=not isinstance(error, CheckpointError))
         raise
     if log.unclosed is None:
         await ownership.forget()
