@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from . import _core
@@ -107,6 +106,8 @@ class Definition(NamedTuple):
 
 def fingerprint(parts: object) -> int:
     """A digest of a definition, for those who compare it."""
+    from hashlib import blake2b  # noqa: PLC0415 - it brings OpenSSL along, which only durable runs need
+
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
