@@ -1632,3 +1632,33 @@ async def test_run_data_of_branches_made_at_run_time():
     order = Order()
     assert await workflow.orchestrate(S.START, data=order) is S.DONE
     assert order.total == 3
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("how", ["start_run", "claim"])
+async def test_cancel_while_a_run_is_claimed(shared, how):
+    """The claim that the store grants all the same is given up: the run can be begun, or resumed, at once."""
+    steps = Steps({"work": 1} if how == "claim" else {})
+    if how == "claim":
+        await failed(steps.workflow(shared))
+    slow = Faulty(shared, how, -1)
+    method = getattr(shared, how)
+
+    async def slowly(*args, **options):
+        await asyncio.sleep(3)
+        return await method(*args, **options)
+
+    setattr(slow, how, slowly)
+    workflow = steps.workflow(slow)
+    calls = list(steps.calls)
+    going = workflow.resume_from("1") if how == "claim" else workflow.orchestrate(S.START, workflow_id="1")
+    run = asyncio.ensure_future(going)
+    await asyncio.sleep(1)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert steps.calls == calls
+
+    again = steps.workflow(shared)
+    going = again.resume_from("1") if how == "claim" else again.orchestrate(S.START, workflow_id="1")
+    assert await going is S.DONE

@@ -125,14 +125,23 @@ class Ownership:
         store, workflow_id = self.store, self.workflow_id
         if self._coordinates:
             claim = store.start_run(workflow_id, workflow=definition.name, version=definition.version)
-            self._fence["fence"] = await settled(claim)
+            await self._hold(claim)
         elif await settled(store.load_run(workflow_id)):
             raise RunConflictError(f"run {show(workflow_id)} is there already: resume or discard it", workflow_id)
 
     async def claim(self) -> None:
         """Claim a run that is there."""
         if self._coordinates:
-            self._fence["fence"] = await settled(self.store.claim(self.workflow_id))
+            await self._hold(self.store.claim(self.workflow_id))
+
+    async def _hold(self, claim: Awaitable[int]) -> None:
+        """Keep the fence of a claim, also where a cancel goes on: whoever leaves gives up what it has."""
+        answer = asyncio.ensure_future(claim)
+        try:
+            await settled(answer)
+        finally:
+            if not answer.cancelled() and answer.exception() is None:
+                self._fence["fence"] = answer.result()
 
     async def load_any(self) -> list[CheckpointRow]:
         """The rows of the run; there is at least one."""
@@ -152,6 +161,11 @@ class Ownership:
         """Forget the run, which is over; it is over all the same if the store cannot (CK-027)."""
         await self._let_go("cleared", partial(self.store.clear, self.workflow_id, **self._fence))
 
+    async def forget_claim(self) -> None:
+        """Forget a run that was claimed, if it was, and never begun."""
+        if self._fence:
+            await self.forget()
+
     async def release(self, *, stopped: bool) -> None:
         """Give the run up, so that it can be resumed: by anyone, or if it has stopped by who asks for it only."""
         if self._fence:
@@ -169,7 +183,11 @@ class Ownership:
 
 async def begin(definition: Definition, ownership: Ownership, log: _core.Log, body: Callable[[], Awaitable[S]]) -> S:
     """A fresh run, from its claim to the end of its log."""
-    await ownership.start(definition)
+    try:
+        await ownership.start(definition)
+    except asyncio.CancelledError:
+        await ownership.forget_claim()
+        raise
     ownership.own(log)
     return await _carried_through(ownership, log, body)
 
@@ -184,10 +202,10 @@ async def resume(
     workflow_id = ownership.workflow_id
     over: RunConflictError | None = None
     try:
-        await ownership.claim()
-    except RunConflictError as error:
-        over = error
-    try:
+        try:
+            await ownership.claim()
+        except RunConflictError as error:
+            over = error
         resumed = _read(definition, await ownership.load_any(), workflow_id, table)
         state: S = _state(table, workflow_id, resumed.state)
         if resumed.position == "finished":
