@@ -9,11 +9,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyString};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::core::checkpoint::{Row, RowKind, WorkflowId, check_log};
-use crate::core::resume::{Position, Resumption, Undo};
+use crate::core::resume::{Position, Resumption};
 
 use super::asyncio::Asyncio;
 use super::errors::{ConfigurationError, RunClaimedError, RunConflictError};
@@ -25,8 +25,6 @@ use super::run::GilCell;
 pub(super) struct Resumed {
     pub(super) found: Resumption,
     run_id: [u8; 16],
-    version: u32,
-    fingerprint: u64,
 }
 
 #[pymethods]
@@ -44,7 +42,7 @@ impl Resumed {
         let Some((found, last)) = found.zip(rows.last()) else {
             return Err(ConfigurationError::new_err("rows must not be empty"));
         };
-        Ok(Self { found, run_id: last.run_id, version: last.version, fingerprint: last.fingerprint })
+        Ok(Self { found, run_id: last.run_id })
     }
 
     /// What is to be done: "again", "next", "roll back", or the status of a run that is over.
@@ -94,38 +92,13 @@ impl Resumed {
     }
 
     #[getter]
-    fn path(&self) -> Vec<String> {
-        self.found.path.clone()
-    }
-
-    #[getter]
     fn snapshot<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
         self.found.snapshot.as_ref().map(|blob| PyBytes::new(py, blob))
-    }
-
-    /// What a roll-back would undo, the newest first: sequence, state, task, visit, output.
-    #[getter]
-    fn to_undo<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        let entry = |undo: &Undo| {
-            let output = undo.output.as_ref().map(|output| PyBytes::new(py, output));
-            (undo.sequence, &undo.state, &undo.task, undo.visit, output).into_pyobject(py)
-        };
-        self.found.to_undo.iter().rev().map(entry).collect()
     }
 
     #[getter]
     fn run_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.run_id)
-    }
-
-    #[getter]
-    fn version(&self) -> u32 {
-        self.version
-    }
-
-    #[getter]
-    fn fingerprint(&self) -> u64 {
-        self.fingerprint
     }
 }
 
